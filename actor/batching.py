@@ -1,0 +1,78 @@
+"""Requests that wait while the policy is busy are decoded together.
+
+There is no waiting for a batch to fill: one decode runs at a time, in a thread, and the next takes what has come
+meanwhile. Requests of different arms, or of different trees (the catalogue moved), are decoded apart.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from actor.policy import ServedPolicy
+from actor.recommend import Prepared
+from actor.sampling import Slates
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Where a request's slate stands: row `row` of a draw of `policy`."""
+
+    policy: ServedPolicy
+    slates: Slates
+    row: int
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    policy: ServedPolicy
+    prepared: Prepared
+    answer: asyncio.Future[Drawn]
+
+
+Decode = Callable[[ServedPolicy, list[Prepared]], Slates]
+
+
+class Batcher:
+    """Runs `decode` on what waits; `run` until cancelled."""
+
+    def __init__(self, decode: Decode, max_batch: int) -> None:
+        self._decode = decode
+        self._max_batch = max_batch
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return self._queue.qsize()
+
+    async def draw(self, policy: ServedPolicy, prepared: Prepared) -> Drawn:
+        """The request's slate, drawn by the version it came with."""
+        answer: asyncio.Future[Drawn] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(_Waiting(policy, prepared, answer))
+        return await answer
+
+    async def run(self) -> None:
+        """Serve the queue."""
+        loop = asyncio.get_running_loop()
+        while True:
+            waiting = [await self._queue.get()]
+            while len(waiting) < self._max_batch and not self._queue.empty():
+                waiting.append(self._queue.get_nowait())
+            groups: dict[tuple[int, int], list[_Waiting]] = {}
+            for one in waiting:
+                groups.setdefault((id(one.policy), id(one.prepared.tree)), []).append(one)
+            for group in groups.values():
+                prepared = [one.prepared for one in group]
+                try:
+                    slates = await loop.run_in_executor(
+                        self._thread, self._decode, group[0].policy, prepared
+                    )
+                except Exception as error:
+                    for one in group:
+                        one.answer.set_exception(error)
+                    continue
+                for row, one in enumerate(group):
+                    if not one.answer.done():
+                        one.answer.set_result(Drawn(one.policy, slates, row))

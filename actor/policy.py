@@ -1,0 +1,86 @@
+"""What each arm serves: version and weights behind one pointer.
+
+A request reads its arm's pointer once and finishes on what it found, so an answer is of one version, and a swap
+pauses nobody (invariant 2 of the design).
+"""
+
+from dataclasses import dataclass
+
+from learner.decoder import LazyDecoder
+from learner.policy import build, load_state
+from streams.control import ControlState
+from streams.weights import Manifest, WeightError, verified_state
+
+
+@dataclass(frozen=True)
+class ServedPolicy:
+    """One version, immutable."""
+
+    version: int
+    manifest: Manifest
+    model: LazyDecoder
+
+
+def materialise(manifest: Manifest, content: bytes, codebook: str) -> ServedPolicy:
+    """Build and verify a version aside; raises `WeightError` and nothing has changed.
+
+    `codebook` is the catalogue's: weights of another codebook would give semantic IDs another meaning.
+    """
+    if codebook and manifest.codebook != codebook:
+        raise WeightError(
+            f"version {manifest.version} is of codebook {manifest.codebook}, the catalogue of {codebook}"
+        )
+    state = verified_state(manifest, content)
+    model = build(manifest.preset, manifest.codes, manifest.user_rows)
+    try:
+        load_state(model, state)
+    except ValueError as error:
+        raise WeightError(f"version {manifest.version}: {error}") from None
+    model.eval().requires_grad_(False)
+    return ServedPolicy(manifest.version, manifest, model)
+
+
+class Arms:
+    """The arms' pointers, and what `control` wants them to be."""
+
+    def __init__(self) -> None:
+        self.control = ControlState()
+        self.newest: ServedPolicy | None = None
+        self._served: dict[str, ServedPolicy] = {}
+
+    def served(self, arm: str) -> ServedPolicy | None:
+        """What the arm serves now."""
+        return self._served.get(arm)
+
+    def wanted(self, arm: str) -> int | None:
+        """The version that `control` says the arm must serve; None where there is none yet."""
+        pinned = self.control.pinned.get(arm)
+        return pinned if pinned is not None else (self.newest.version if self.newest else None)
+
+    def missing(self) -> set[int]:
+        """Versions that an arm must serve and that are not at hand."""
+        at_hand = {policy.version for policy in [*self._served.values(), self.newest] if policy}
+        wanted = {self.wanted(arm) for arm in self.control.shares}
+        return {version for version in wanted if version is not None} - at_hand
+
+    def settle(self, fetched: dict[int, ServedPolicy]) -> list[ServedPolicy]:
+        """Swap every arm whose wanted version is at hand; returns what is newly served."""
+        at_hand = dict(fetched)
+        for policy in [*self._served.values(), self.newest]:
+            if policy is not None:
+                at_hand[policy.version] = policy
+        before = {policy.version for policy in self._served.values()}
+        for arm in self.control.shares:
+            policy = at_hand.get(self.wanted(arm) or -1)
+            if policy is not None:
+                self._served[arm] = policy
+        after = {policy.version: policy for policy in self._served.values()}
+        return [policy for version, policy in after.items() if version not in before]
+
+    @property
+    def ready(self) -> bool:
+        """Whether every arm serves what it should."""
+        return bool(self.control.shares) and all(
+            (policy := self._served.get(arm)) is not None and policy.version == self.wanted(arm)
+            for arm in self.control.shares
+        )

@@ -1,0 +1,188 @@
+"""What the routes do: prepare, draw, publish; and feedback from receipt to log.
+
+One event loop owns all state; only the decode runs in a thread, on what was prepared here.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+from uuid import uuid4
+
+import numpy as np
+import torch
+from aiokafka import AIOKafkaProducer
+from prometheus_client import Counter
+
+from actor.batching import Batcher
+from actor.policy import Arms, ServedPolicy
+from actor.recommend import Prepared, decode, expose, prepare
+from actor.sampling import Slates
+from actor.settings import ActorSettings
+from actor.subscription import Subscription
+from actor.users import Users
+from learner.catalogue import Catalogue
+from learner.settings import PolicySettings
+from streams.control import arm_of
+from streams.events import Exposure, Feedback, FeedbackKind, encode
+from streams.intake import partition_of
+from streams.settings import KafkaSettings
+from streams.topics import EXPOSURES, FEEDBACK
+
+SLOTS = Counter("dwell_actor_slots_total", "Slots asked for and filled", ["what"])
+EVENTS = Counter("dwell_actor_feedback_total", "Feedback events taken", ["kind"])
+
+KAFKA_PATIENCE_S = 3.0
+
+
+class NotReadyError(RuntimeError):
+    """Nothing can be served yet; the message says what is missing."""
+
+
+class FeedbackLike(Protocol):
+    """A feedback event as it comes in over HTTP."""
+
+    event: str
+    user: str
+    request: str
+    kind: FeedbackKind
+    position: int
+    item: str
+    play_ms: int
+    withdrawn: bool
+    client_time_ms: int | None
+
+
+class Service:
+    """One actor."""
+
+    def __init__(
+        self, name: str, kafka: KafkaSettings, policy: PolicySettings, settings: ActorSettings
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self._kafka = kafka
+        self._arms = Arms()
+        self._catalogue = Catalogue(policy.codes)
+        self._users = Users(settings)
+        self._rng = np.random.default_rng()
+        self._batcher = Batcher(self._decode, settings.max_batch)
+        torch.set_num_threads(policy.threads)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["Service"]:
+        """Connect, catch up, and follow the logs while open."""
+        self._producer = AIOKafkaProducer(
+            bootstrap_servers=self._kafka.bootstrap,
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=2,
+        )
+        subscription = Subscription(
+            self.name, self._kafka, self._arms, self._catalogue, self._users
+        )
+        await self._producer.start()
+        await subscription.start(self._producer)
+        tasks = [asyncio.create_task(subscription.run()), asyncio.create_task(self._batcher.run())]
+        try:
+            yield self
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await subscription.stop()
+            await self._producer.stop()
+
+    def missing(self) -> list[str]:
+        """What keeps this actor from being ready."""
+        missing = [] if self._catalogue.items else ["catalogue"]
+        return missing if self._arms.ready else [*missing, "weights"]
+
+    def versions(self) -> dict[str, Any]:
+        """Policy version by arm, catalogue version, program."""
+        served = {arm: self._arms.served(arm) for arm in self._arms.control.shares}
+        return {
+            "dwell": "0.1.0",
+            "arms": {arm: policy.version for arm, policy in served.items() if policy},
+            "catalogue_version": self._catalogue.version,
+        }
+
+    async def recommend(self, user: str, count: int) -> Exposure:
+        """Serve a slate; it is on the log when this returns.
+
+        Raises `NotReadyError`, `KafkaError` or `TimeoutError`, and nothing was shown.
+        """
+        arm = arm_of(user, self._arms.control.shares)
+        policy = self._arms.served(arm)
+        if policy is None or not self._catalogue.items:
+            raise NotReadyError(f"not ready: {', '.join(self.missing())} missing")
+        prepared = prepare(
+            uuid4().hex,
+            user,
+            arm,
+            count,
+            self._users,
+            self._catalogue,
+            policy.model.preset.context,
+            int(time.time() * 1000),
+        )
+        drawn = await self._batcher.draw(policy, prepared)
+        exposure = expose(
+            drawn.policy,
+            prepared,
+            drawn.row,
+            drawn.slates,
+            self._catalogue,
+            self.settings.temperature,
+            self._rng,
+            int(time.time() * 1000),
+        )
+        SLOTS.labels("asked").inc(count)
+        SLOTS.labels("filled").inc(len(exposure.items))
+        if not exposure.items:
+            raise NotReadyError(f"no item of the catalogue is left for user {user!r}")
+        await self._send(EXPOSURES, [(user, encode(exposure))])
+        self._users.exposed(user, [item.item for item in exposure.items])
+        return exposure
+
+    async def feedback(self, events: Sequence[FeedbackLike], received_ms: int) -> int:
+        """Take feedback; it is on the log when this returns. Raises as `recommend`."""
+        taken = [
+            Feedback(
+                event=event.event,
+                user=event.user,
+                request=event.request,
+                position=event.position,
+                item=event.item,
+                time_ms=received_ms,
+                kind=event.kind,
+                play_ms=event.play_ms,
+                withdrawn=event.withdrawn,
+                client_time_ms=event.client_time_ms,
+            )
+            for event in events
+        ]
+        await self._send(FEEDBACK, [(event.user, encode(event)) for event in taken])
+        for event in taken:
+            item = self._catalogue.items.get(event.item)
+            self._users.feedback(event, item.duration_ms if item else 0)
+            EVENTS.labels(event.kind).inc()
+        return len(taken)
+
+    async def _send(self, topic: str, records: list[tuple[str, bytes]]) -> None:
+        """Append to a topic and wait until Kafka has it."""
+        async with asyncio.timeout(KAFKA_PATIENCE_S):
+            sent = [
+                await self._producer.send(
+                    topic,
+                    value,
+                    user.encode(),
+                    partition=partition_of(user, self._kafka.partitions),
+                )
+                for user, value in records
+            ]
+            await asyncio.gather(*sent)
+
+    def _decode(self, policy: ServedPolicy, batch: list[Prepared]) -> Slates:
+        return decode(policy, batch, self.settings.temperature, self._rng)

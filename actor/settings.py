@@ -1,0 +1,25 @@
+"""What an operator may set about serving."""
+
+from dataclasses import dataclass
+
+from storage.settings import Count, Name, Port, Positive, Whole
+
+
+@dataclass(frozen=True)
+class ActorSettings:
+    """The HTTP service and how it draws slates."""
+
+    host: Name = "127.0.0.1"
+    """Address the HTTP service listens on."""
+    port: Port = 8080
+    """Port of the HTTP service; 0 takes a free one."""
+    slate: Count = 6
+    """Items of a slate where a request does not say."""
+    max_slate: Count = 50
+    """Most items a request may ask for."""
+    temperature: Positive = 1.0
+    """Temperature of the draw; logged, and used again by learner and audit."""
+    exclude_shown: Whole = 128
+    """A user's last shown items that are not shown again."""
+    max_batch: Count = 64
+    """Most requests decoded together."""

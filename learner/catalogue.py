@@ -1,0 +1,51 @@
+"""The catalogue as a fold over its topic: items, their semantic IDs, and the index of valid IDs.
+
+Catalogue version = offset of the last record applied, so learner, actor and audit that have read as far agree.
+"""
+
+from learner.valid_ids import ValidIds
+from streams.events import UnreadableError, Upsert, decode, upsert_decoder
+
+
+class CatalogueError(ValueError):
+    """An entry that this policy cannot use, by name."""
+
+
+class Catalogue:
+    """Items alive now, and the valid IDs of every version not yet pruned."""
+
+    def __init__(self, codes: int) -> None:
+        self.valid = ValidIds(codes)
+        self.items: dict[str, Upsert] = {}
+        self.version = -1
+        self.codebook = ""
+
+    def take(self, offset: int, key: bytes | None, value: bytes | None) -> None:
+        """Apply one record in the order of the log; raises `CatalogueError` and skips what is unusable."""
+        item = (key or b"").decode(errors="replace")
+        if value is None:
+            if self.items.pop(item, None) is not None:
+                self.valid.delete(offset, item)
+                self.version = offset
+            return
+        try:
+            upsert = decode(upsert_decoder, value)
+        except UnreadableError as error:
+            raise CatalogueError(f"catalogue offset {offset}, item {item!r}: {error}") from None
+        if upsert.item != item:
+            raise CatalogueError(f"catalogue offset {offset}: key {item!r}, item {upsert.item!r}")
+        if not all(0 <= code < self.valid.codes for code in upsert.sid):
+            raise CatalogueError(
+                f"catalogue offset {offset}, item {item!r}: semantic ID {upsert.sid}, "
+                f"codes allowed 0..{self.valid.codes - 1}"
+            )
+        if self.codebook and upsert.codebook != self.codebook:
+            raise CatalogueError(
+                f"catalogue offset {offset}, item {item!r}: codebook {upsert.codebook}, "
+                f"this lineage uses {self.codebook}"
+            )
+        self.codebook = upsert.codebook
+        upsert.embedding = b""  # the tokeniser's affair; thousands of them would only fill memory
+        self.items[item] = upsert
+        self.valid.upsert(offset, item, upsert.sid)
+        self.version = offset

@@ -1,0 +1,109 @@
+"""What a checkpoint holds, and how it becomes bytes: weights, optimisers, random state, offsets, codebooks.
+
+One safetensors file: tensors by name, everything else as JSON in its header. Nothing is unpickled.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from learner.policy import build
+from learner.semantic_ids import Codebooks
+from learner.settings import LearnSettings, PolicySettings
+from learner.step import Trainer
+
+FORMAT = "dwell-checkpoint-1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and why."""
+
+
+@dataclass
+class Progress:
+    """Where learning stands, besides the tensors."""
+
+    version: int
+    lineage: str
+    preset: str
+    codes: int
+    user_rows: int
+    steps: int = 0
+    catalogue_version: int = -1
+    watermark_ms: int = 0
+    offsets: dict[int, int] = field(default_factory=dict)
+    """Next offset of `samples` by partition."""
+
+
+def to_bytes(trainer: Trainer, progress: Progress, codebooks: Codebooks) -> bytes:
+    """The checkpoint's content."""
+    tensors: dict[str, Tensor] = {
+        f"model.{name}": value.detach().clone()
+        for name, value in trainer.model.state_dict().items()
+    }
+    for prefix, optimiser in _optimisers(trainer):
+        for index, values in optimiser.state_dict()["state"].items():
+            for name, value in values.items():
+                tensors[f"{prefix}.{index}.{name}"] = torch.as_tensor(value).clone()
+    for name, array in codebooks.to_tensors().items():
+        tensors[f"codebooks.{name}"] = torch.from_numpy(array)
+    tensors["random_state"] = torch.get_rng_state()
+    note = msgspec.json.encode(progress).decode()
+    return save(
+        {name: value.contiguous() for name, value in tensors.items()},
+        metadata={"format": FORMAT, "progress": note},
+    )
+
+
+def load(path: Path, settings: LearnSettings, lr: float) -> tuple[Trainer, Progress, Codebooks]:
+    """The learner as it was; raises `CheckpointError` naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != FORMAT:
+                raise CheckpointError(f"{path}: not a {FORMAT} file")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    progress = msgspec.json.decode(meta["progress"], type=Progress)
+    model = build(progress.preset, progress.codes, progress.user_rows)
+    model.load_state_dict(_under("model", tensors))
+    trainer = Trainer(model, settings, lr)
+    for prefix, optimiser in _optimisers(trainer):
+        state: dict[int, dict[str, Tensor | int]] = {}
+        for name, value in _under(prefix, tensors).items():
+            index, _, key = name.partition(".")
+            # SparseAdam counts steps in a plain integer, AdamW in a tensor
+            plain = prefix == "rows" and key == "step"
+            state.setdefault(int(index), {})[key] = int(value) if plain else value
+        if state:
+            groups = optimiser.state_dict()["param_groups"]
+            optimiser.load_state_dict({"state": state, "param_groups": groups})
+    torch.set_rng_state(tensors["random_state"])
+    books = {name: value.numpy() for name, value in _under("codebooks", tensors).items()}
+    return trainer, progress, Codebooks.from_tensors(books)
+
+
+def fits(path: Path, progress: Progress, policy: PolicySettings) -> None:
+    """Raise `CheckpointError` when a start does not fit the configured policy."""
+    found = (progress.preset, progress.codes, progress.user_rows)
+    asked = (policy.preset, policy.codes, policy.user_rows)
+    if found != asked:
+        raise CheckpointError(
+            f"{path} holds a policy with (preset, codes, user_rows) = {found}, "
+            f"the configuration asks for {asked}: set [policy] accordingly"
+        )
+
+
+def _optimisers(trainer: Trainer) -> tuple[tuple[str, torch.optim.Optimizer], ...]:
+    return ("dense", trainer.dense_optimiser), ("rows", trainer.row_optimiser)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = prefix + "."
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}

@@ -1,0 +1,88 @@
+"""Cuts the stream of samples into steps, and writes down what each step took.
+
+A step takes a prefix of what was polled, partition by partition, so every sample offset stands in exactly one
+range of the journals, with its disposition. Pure: the shell polls, waits and publishes.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from streams.control import LEARNING_ARM
+from streams.events import Sample
+from streams.weights import StepEntry
+
+
+@dataclass(frozen=True)
+class Polled:
+    """One sample and where it stands."""
+
+    partition: int
+    offset: int
+    sample: Sample
+
+
+class Journal:
+    """Samples waiting for a step, and the entries since the last publication."""
+
+    def __init__(self, offsets: dict[int, int]) -> None:
+        self.offsets = dict(offsets)
+        self.entries: list[StepEntry] = []
+        self.watermark_ms = 0
+        self._waiting: deque[Polled] = deque()
+        self._trainable = 0
+
+    @property
+    def waiting(self) -> int:
+        """Samples not yet taken."""
+        return len(self._waiting)
+
+    @property
+    def trainable(self) -> int:
+        """Waiting requests of the learning arm."""
+        return self._trainable
+
+    def add(self, polled: Polled) -> None:
+        """Take a polled sample; its offset must not be below what was taken before."""
+        self._waiting.append(polled)
+        self._trainable += polled.sample.arm == LEARNING_ARM
+
+    def cut(self, batch: int) -> list[Sample]:
+        """The next step's samples: a prefix with at most `batch` of the learning arm; journals it.
+
+        Only learning exposures with a target train; the others are accounted for.
+        """
+        before = dict(self.offsets)
+        chosen: list[Sample] = []
+        control = without_target = taken = 0
+        while self._waiting and taken < batch:
+            polled = self._waiting.popleft()
+            self.offsets[polled.partition] = polled.offset + 1
+            sample = polled.sample
+            self.watermark_ms = max(self.watermark_ms, sample.watermark_ms)
+            if sample.arm != LEARNING_ARM:
+                control += 1
+                continue
+            self._trainable -= 1
+            taken += 1
+            if any(item.advantage or item.supervised for item in sample.items):
+                chosen.append(sample)
+            else:
+                without_target += 1
+        self.entries.append(
+            StepEntry(
+                ranges=[
+                    (partition, before.get(partition, 0), upto)
+                    for partition, upto in sorted(self.offsets.items())
+                    if upto != before.get(partition, 0)
+                ],
+                trained=len(chosen),
+                control=control,
+                without_target=without_target,
+            )
+        )
+        return chosen
+
+    def take_entries(self) -> list[StepEntry]:
+        """The entries since the last publication."""
+        entries, self.entries = self.entries, []
+        return entries

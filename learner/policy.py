@@ -1,0 +1,36 @@
+"""The policy's definition that learner, actor and audit share: how it is built and what its state is.
+
+State is compared by name; its float32 values are the version's definition.
+"""
+
+import torch
+from torch import Tensor
+
+from learner.decoder import LazyDecoder
+from learner.presets import PRESETS
+from streams.weights import State
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be built as asked; the message says what would be right."""
+
+
+def build(preset: str, codes: int, user_rows: int) -> LazyDecoder:
+    """A decoder of a preset's size; raises `PolicyError` for an unknown preset."""
+    if preset not in PRESETS:
+        raise PolicyError(f"preset {preset!r} is unknown; there are: {', '.join(sorted(PRESETS))}")
+    return LazyDecoder(PRESETS[preset], codes, user_rows)
+
+
+def state_of(model: LazyDecoder) -> State:
+    """The policy's state by name, float32 on the CPU; copies, so that training may go on."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in model.state_dict().items()}
+
+
+def load_state(model: LazyDecoder, state: State) -> None:
+    """Set all parameters; raises `PolicyError` when names or shapes differ."""
+    tensors: dict[str, Tensor] = {name: torch.from_numpy(value) for name, value in state.items()}
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise PolicyError(f"state does not fit the policy: {error}") from None

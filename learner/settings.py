@@ -1,0 +1,62 @@
+"""What an operator may set about the policy and how it learns."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from storage.settings import Count, Name, NotNegative, Positive, Whole
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The shape of the policy; fixed for a lineage."""
+
+    preset: Name = "tiny"
+    """Size of the lazy decoder; see learner/presets.py."""
+    codes: Annotated[int, Meta(ge=2)] = 32
+    """Codes of each of the three levels of a semantic ID."""
+    user_rows: Count = 16_384
+    """Rows of the user table; user ids are hashed onto them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live: auto, cpu or cuda."""
+    threads: Count = 1
+    """Threads of torch in each process."""
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """The online update."""
+
+    batch: Count = 64
+    """Requests of one step."""
+    batch_wait_s: NotNegative = 0.5
+    """A step takes what is there this long after the first waiting request (wall clock)."""
+    publish_every_s: NotNegative = 0.5
+    """Least distance between two publications (wall clock)."""
+    lr: Positive = 2e-3
+    """Learning rate of AdamW; 5e-4 and 1e-2 were both much worse at `tiny`."""
+    clip: Positive = 1.0
+    """Largest norm of the dense gradient."""
+    supervised: NotNegative = 0.3
+    """Weight of the streaming supervised loss on the upper half of plays."""
+    entropy: NotNegative = 0.1
+    """Weight of the entropy bonus (mean per level); keeps coverage from falling."""
+    seed: Whole = 7
+    """Seed of initial weights and of everything random in training."""
+    keep_checkpoints: Count = 3
+    """Checkpoints kept on disk besides the oldest one, which `control` is pinned to."""
+    weights_horizon_s: NotNegative = 900.0
+    """Published versions that no arm names are deleted from the log after this long."""
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """The warm-up before the loop starts."""
+
+    steps: Whole = 400
+    """Training steps."""
+    batch: Count = 64
+    """Requests of one step."""
+    lr: Positive = 3e-3
+    """Learning rate of AdamW."""

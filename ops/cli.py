@@ -1,0 +1,361 @@
+"""The program `dwell`: one command per role, and one for everything together.
+
+Notable choices:
+- Every command takes the same five flags after its name (`Common`); they are declared once and
+  added to each command's own by `command`. A command's named flag maps to the key it is named
+  after (`--port` of the actor to `actor.port`), so the usual precedence and checks hold for it.
+- What a command needs is imported inside it: `dwell --help` loads neither torch nor Kafka clients.
+- Exit status: 0 done, 1 a check of correctness failed, 2 something the user can mend (one line on
+  stderr, never a trace), 130 interrupted.
+"""
+
+import inspect
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ops.config import DEFAULT_FILE, Config, Given, load
+from ops.config_text import commented_toml, resolved
+from ops.errors import UserError
+
+app = typer.Typer(
+    name="dwell",
+    help="An open, continuously learning generative recommender over Kafka.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the results here as JSON.")
+]
+ForSeconds = Annotated[
+    float | None,
+    typer.Option("--for", metavar="SECONDS", min=0, help="Stop after this long; else at Ctrl-C."),
+]
+StartFrom = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Start from this checkpoint of `dwell pretrain`."),
+]
+MetricsPort = Annotated[
+    int, typer.Option(min=0, max=65_535, help="Port of Prometheus metrics; 0 takes a free one.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the policy and of the world.")]
+LogDir = Annotated[Path, typer.Argument(metavar="DIR", help="A feed log in KuaiRand's format.")]
+
+
+@dataclass(frozen=True)
+class Common:
+    """The flags that every command takes."""
+
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"Configuration; {DEFAULT_FILE} here if there is one."),
+    ] = None
+    set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SECTION.KEY=VALUE", help="Set any key; may be repeated."),
+    ] = None
+    data_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where everything is kept.")
+    ] = None
+    bootstrap: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="An existing Kafka cluster to use.")
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")
+    ] = False
+
+    def load(self, named: Mapping[str, object] | None = None, demo: bool = False) -> Config:
+        """The configuration from all sources; ends the program if it was only to be printed.
+
+        `named` gives the values of a command's own flags by `section.key`; None is not given.
+        """
+        values = {
+            "storage.data_dir": self.data_dir,
+            "kafka.bootstrap": self.bootstrap,
+            **(named or {}),
+        }
+        flags = []
+        for name, value in values.items():
+            section, key = name.split(".")
+            if value is not None:
+                flags.append(Given(f"--{key.replace('_', '-')}", section, key, value))
+        loaded = load(self.config, os.environ, self.set or (), flags, demo)
+        if self.dry_run:
+            typer.echo(resolved(loaded), nl=False)
+            raise typer.Exit
+        return loaded.config
+
+    def load_with_kafka(self, named: Mapping[str, object] | None = None) -> Config:
+        """As `load`, for a role that cannot do without a cluster."""
+        config = self.load(named)
+        if not config.kafka.bootstrap:
+            raise UserError(
+                "kafka.bootstrap is empty, and this role needs a cluster: give --bootstrap "
+                "HOST:PORT (`dwell broker` starts one and prints its address), or use `dwell up`."
+            )
+        return config
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers a command whose first parameter is `common: Common`."""
+
+    @wraps(function)
+    def run(**given: Any) -> None:
+        common = Common(**{part.name: given.pop(part.name) for part in fields(Common)})
+        try:
+            function(common, **given)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    own = list(inspect.signature(function).parameters.values())[1:]
+    shared = [
+        inspect.Parameter(
+            part.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=part.default,
+            annotation=part.type,
+        )
+        for part in fields(Common)
+    ]
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    return app.command()(run)
+
+
+@command
+def up(
+    common: Common,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Add simulated viewers, a short window and a live view.")
+    ] = False,
+    for_s: ForSeconds = None,
+    serial: Annotated[
+        bool, typer.Option("--serial", help="One process, without Kafka; deterministic by seed.")
+    ] = False,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of a --serial run.")] = 3000,
+    seed: Seed = None,
+    json: JsonFile = None,
+    start_from: StartFrom = None,
+) -> None:
+    """Run the whole loop: broker, actor, streams, insights and learner."""
+    config = common.load({"learn.seed": seed, "simulate.seed": seed}, demo=demo)
+    _require_writable(json)
+    from ops.up import up as run
+
+    seed = config.learn.seed
+    raise typer.Exit(run(config, demo, for_s, serial, requests, seed, json, start_from))
+
+
+@command
+def broker(common: Common) -> None:
+    """Run the embedded Apache Kafka alone, and print its address; Ctrl-C stops it."""
+    config = common.load()
+    if config.kafka.bootstrap:
+        raise UserError(
+            f"kafka.bootstrap = {config.kafka.bootstrap} names an existing cluster, so there is "
+            f"no broker to start; leave it empty."
+        )
+    from ops.broker import EmbeddedBroker
+
+    kafka = EmbeddedBroker(Path(config.storage.data_dir))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        typer.echo(kafka.start(lambda line: typer.echo(line, err=True)))
+        while kafka.alive:
+            time.sleep(0.2)
+        raise UserError(f"the broker ended by itself; {kafka.log_file} says why.")
+    except KeyboardInterrupt:
+        typer.echo("stopping the broker", err=True)
+    finally:
+        kafka.stop()
+
+
+@command
+def actor(
+    common: Common,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+) -> None:
+    """Serve slates over HTTP, and publish exposures and feedback."""
+    config = common.load_with_kafka({"actor.host": host, "actor.port": port})
+    from actor.run import run
+
+    run(config.kafka, config.policy, config.actor)
+
+
+@command
+def streams(common: Common, metrics_port: MetricsPort = 0) -> None:
+    """Join exposures with feedback, and shape them into samples."""
+    config = common.load_with_kafka()
+    import asyncio
+
+    from streams.processor import run
+
+    _serve_metrics(metrics_port)
+    state_dir = Path(config.storage.data_dir) / "streams"
+    partitions = list(range(config.kafka.partitions))
+    work = run(config.kafka, config.join, config.shape, config.streams, state_dir, partitions)
+    asyncio.run(_until_stopped(work))
+
+
+@command
+def insights(common: Common, metrics_port: MetricsPort = 0) -> None:
+    """Sum samples up into windowed rewards per arm, item statistics and coverage."""
+    config = common.load_with_kafka()
+    from streams.insights import run
+
+    run(config.kafka, Path(config.storage.data_dir), metrics_port)
+
+
+@command
+def learner(common: Common, start_from: StartFrom = None, metrics_port: MetricsPort = 0) -> None:
+    """Learn from samples, and publish weights."""
+    config = common.load_with_kafka()
+    from learner.checkpoint import CheckpointError
+    from learner.run import Learner, LearnerError
+
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    _serve_metrics(metrics_port)
+    role = Learner(config.kafka, config.policy, config.learn, Path(config.storage.data_dir))
+    try:
+        role.start(start_from)
+        role.run(stopped)
+        role.close()
+    except (LearnerError, CheckpointError) as error:
+        raise UserError(f"{error}.") from None
+
+
+@command
+def simulate(common: Common, for_s: ForSeconds = None, json: JsonFile = None) -> None:
+    """Let simulated viewers call a running actor as an app's backend would."""
+    config = common.load()
+    _require_writable(json)
+    from ops.simulate import run
+
+    raise typer.Exit(run(config, for_s, json))
+
+
+@command
+def replay(
+    common: Common,
+    directory: LogDir,
+    speed: Annotated[
+        float | None,
+        typer.Option(min=0, help="Log seconds per wall second; as fast as it goes if not given."),
+    ] = None,
+    barrier: Annotated[
+        int,
+        typer.Option(min=0, help="Requests between waits for the learner to catch up; 0: none."),
+    ] = 1024,
+    json: JsonFile = None,
+    start_from: StartFrom = None,
+) -> None:
+    """Stream a real feed log through the live loop, testing before training."""
+    config = common.load()
+    _require_writable(json)
+    from ops.replay import run
+
+    raise typer.Exit(run(config, directory, speed, barrier, json, start_from))
+
+
+@command
+def pretrain(common: Common, directory: LogDir, json: JsonFile = None) -> None:
+    """Warm a policy up on the watch history that precedes a feed log."""
+    config = common.load()
+    _require_writable(json)
+    from ops.pretrain import run
+
+    raise typer.Exit(run(config, directory, json))
+
+
+@command
+def doctor(common: Common) -> None:
+    """Check Python, torch, Java, disk, ports, broker and topics; say what to do about each."""
+    config = common.load()
+    from ops.doctor import checks, render
+
+    found = checks(config)
+    typer.echo(render(found))
+    raise typer.Exit(0 if all(check.ok for check in found) else 1)
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = DEFAULT_FILE,
+) -> None:
+    """Write a configuration file that explains every key."""
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(commented_toml(Config()))
+    except FileExistsError:
+        raise UserError(
+            f"{file} exists already and was left as it is; name another: dwell init FILE."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}); name another.") from None
+    typer.echo(f"wrote {file}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from ops.results import dwell_version
+
+    typer.echo(f"dwell {dwell_version()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program and ends it with its exit status; `arguments` None means `sys.argv`."""
+    try:
+        app(arguments, prog_name="dwell")
+    except UserError as error:
+        line = " ".join(str(error).splitlines())
+        print(f"dwell: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _serve_metrics(port: int) -> None:
+    from prometheus_client import start_http_server
+
+    try:
+        server, _ = start_http_server(port, addr="127.0.0.1")
+    except OSError as error:
+        raise UserError(
+            f"--metrics-port {port} cannot be used ({error.strerror}); name another, or 0."
+        ) from None
+    typer.echo(f"metrics at http://127.0.0.1:{server.server_port}/metrics", err=True)
+
+
+async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits the work; Ctrl-C and SIGTERM cancel it, so that it can clean up."""
+    import asyncio
+
+    task = asyncio.ensure_future(work)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def _require_writable(path: Path | None) -> None:
+    if path is not None:
+        from ops.results import require_writable
+
+        require_writable(path)
+
+
+if __name__ == "__main__":
+    main()

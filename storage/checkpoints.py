@@ -1,0 +1,60 @@
+"""Checkpoints on disk: one immutable file a version, written aside, flushed, then renamed into place.
+
+So a checkpoint is whole or absent, whatever dies while it is written. This module knows names and retention; what
+is inside is the learner's affair.
+"""
+
+import os
+from collections.abc import Container
+from pathlib import Path
+
+_SUFFIX = ".safetensors"
+
+
+class Checkpoints:
+    """The checkpoints of one lineage in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+
+    def path(self, version: int) -> Path:
+        """Where a version's checkpoint is, or would be."""
+        return self._folder / f"v{version:08d}{_SUFFIX}"
+
+    def versions(self) -> list[int]:
+        """The versions on disk, ascending."""
+        return sorted(int(path.stem[1:]) for path in self._folder.glob(f"v*{_SUFFIX}"))
+
+    def write(self, version: int, content: bytes) -> None:
+        """Make a version's checkpoint durable; raises `OSError` (disk full) and leaves nothing half-written."""
+        write_atomically(self.path(version), content)
+
+    def discard_after(self, version: int) -> list[int]:
+        """Remove checkpoints that were never published; returns which."""
+        later = [other for other in self.versions() if other > version]
+        for other in later:
+            self.path(other).unlink()
+        return later
+
+    def prune(self, keep: int, but: Container[int] = ()) -> None:
+        """Remove all but the newest `keep` and those in `but`."""
+        for version in self.versions()[:-keep]:
+            if version not in but:
+                self.path(version).unlink()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write aside, flush to disk, rename: readers see the old file or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,97 @@
+"""From a Kafka record to an event that the join may trust; everything else is a dead letter with a reason.
+
+All checks are decidable from the log alone (value, key, partition, record timestamp), so an audit comes to the
+same verdict.
+"""
+
+from functools import lru_cache
+
+from aiokafka.partitioner import murmur2
+
+from streams.events import (
+    BEHAVIOUR,
+    LEVELS,
+    Exposure,
+    Feedback,
+    Tick,
+    UnreadableError,
+    decode,
+    exposure_decoder,
+    feedback_decoder,
+)
+
+MAX_ITEMS = 1000
+
+
+@lru_cache(maxsize=1 << 16)
+def partition_of(user: str, partitions: int) -> int:
+    """The partition of a user's records: Kafka's own murmur2 of the UTF-8 key."""
+    return int((murmur2(user.encode()) & 0x7FFFFFFF) % partitions)
+
+
+class Intake:
+    """Reads the records of one partition."""
+
+    def __init__(self, partition: int, partitions: int, max_skew_ms: int) -> None:
+        self._partition = partition
+        self._partitions = partitions
+        self._max_skew_ms = max_skew_ms
+
+    def exposure(self, value: bytes | None, record_ms: int) -> Exposure | Tick:
+        """Read one record of `exposures`; raises `UnreadableError`."""
+        event = decode(exposure_decoder, value)
+        self._time(event.time_ms, record_ms)
+        if isinstance(event, Exposure):
+            self._place(event.user)
+            _shape_of(event)
+        return event
+
+    def feedback(self, value: bytes | None, record_ms: int) -> Feedback | Tick:
+        """Read one record of `feedback`; raises `UnreadableError`."""
+        event = decode(feedback_decoder, value)
+        self._time(event.time_ms, record_ms)
+        if isinstance(event, Feedback):
+            self._place(event.user)
+            if not 0 <= event.play_ms < 1 << 32:
+                raise UnreadableError("bad_value", f"play_ms is {event.play_ms}, allowed 0..2^32-1")
+            if event.position < 0 and event.kind != "left":
+                raise UnreadableError("bad_value", f"kind {event.kind} needs a position >= 0")
+        return event
+
+    def _time(self, time_ms: int, record_ms: int) -> None:
+        if time_ms < 0:
+            raise UnreadableError("bad_value", f"time_ms is {time_ms}, allowed >= 0")
+        if time_ms > record_ms + self._max_skew_ms:
+            ahead = time_ms - record_ms
+            raise UnreadableError("future", f"event time is {ahead} ms ahead of its record")
+
+    def _place(self, user: str) -> None:
+        expected = partition_of(user, self._partitions)
+        if expected != self._partition:
+            raise UnreadableError(
+                "wrong_partition", f"user {user!r} belongs to partition {expected} (murmur2)"
+            )
+
+
+def _shape_of(exposure: Exposure) -> None:
+    """What the structs cannot say about an exposure."""
+    items = exposure.items
+    if not items or len(items) > MAX_ITEMS:
+        raise UnreadableError("bad_value", f"{len(items)} items, allowed 1..{MAX_ITEMS}")
+    if len({item.position for item in items}) != len(items):
+        raise UnreadableError("bad_value", "two items share a position")
+    for item in items:
+        if item.position < 0 or not 0 <= item.duration_ms < 1 << 32:
+            raise UnreadableError("bad_value", f"position or duration_ms of item {item.item!r}")
+        if item.source == "policy" and item.logp_levels is None:
+            raise UnreadableError(
+                "bad_value", f"item {item.item!r} of the policy lacks logp_levels"
+            )
+    if not exposure.temperature > 0:
+        raise UnreadableError("bad_value", f"temperature is {exposure.temperature}, allowed > 0")
+    if len(exposure.context) % BEHAVIOUR.itemsize:
+        raise UnreadableError(
+            "bad_value", f"context is not whole {BEHAVIOUR.itemsize}-byte records"
+        )
+    if len(exposure.excluded) % (2 * LEVELS):
+        raise UnreadableError("bad_value", "excluded is not whole semantic IDs")

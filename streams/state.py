@@ -1,0 +1,118 @@
+"""What one partition remembers beyond its open requests, on local disk, as of a position in the log.
+
+Three changelogs carry it: `shaping`, `histories` and, for the ids of closed requests, `samples` itself. The same
+`apply` takes a record after its transaction has committed and when the log is read back after a crash, so an
+aborted transaction leaves no trace and a lost disk costs a longer start only.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from storage.kv import Kv
+from streams.events import (
+    BucketShaping,
+    History,
+    QuantileShaping,
+    Shaping,
+    UserShaping,
+    decode,
+    history_decoder,
+    sample_decoder,
+    shaping_decoder,
+)
+from streams.shape import UserPlays
+from streams.topics import HISTORIES, SAMPLES, SHAPING
+
+CHANGELOGS = (SHAPING, HISTORIES, SAMPLES)
+
+
+class LogRecord(NamedTuple):
+    """A committed record of a changelog."""
+
+    topic: str
+    offset: int
+    value: bytes
+
+
+def shaping_key(state: Shaping) -> str:
+    """Compaction key of a record of `shaping`."""
+    if isinstance(state, UserShaping):
+        return f"user/{state.arm}/{state.user}"
+    if isinstance(state, BucketShaping):
+        return f"bucket/{state.arm}/{state.bucket}"
+    return f"quantile/{state.arm}"
+
+
+class PartitionState:
+    """Shaping, histories and closed ids of one partition over a `Kv`."""
+
+    def __init__(self, kv: Kv) -> None:
+        self._kv = kv
+
+    def position(self, topic: str) -> int:
+        """The next offset of a changelog that this state does not contain yet."""
+        value = self._kv.get(b"p" + topic.encode())
+        return int.from_bytes(value, "big") if value else 0
+
+    def apply(self, records: Iterable[LogRecord]) -> None:
+        """Take committed records, with their positions, in one atomic batch."""
+        batch: dict[bytes, bytes | None] = {}
+        for record in records:
+            if record.topic == SHAPING:
+                state = decode(shaping_decoder, record.value)
+                batch[b"s" + shaping_key(state).encode()] = record.value
+            elif record.topic == HISTORIES:
+                batch[b"h" + decode(history_decoder, record.value).user.encode()] = record.value
+            else:
+                sample = decode(sample_decoder, record.value)
+                batch |= _closed(sample.request, sample.time_ms)
+            batch[b"p" + record.topic.encode()] = (record.offset + 1).to_bytes(8, "big")
+        if batch:
+            self._kv.write(batch)
+
+    def plays(self, arm: str, user: str) -> UserPlays | None:
+        """A user's committed plays by bucket."""
+        value = self._kv.get(f"suser/{arm}/{user}".encode())
+        if value is None:
+            return None
+        state = decode(shaping_decoder, value)
+        return state.plays if isinstance(state, UserShaping) else None
+
+    def populations(self) -> Iterator[Shaping]:
+        """The committed state of the arms' populations."""
+        for prefix in (b"sbucket/", b"squantile/"):
+            for _, value in self._kv.scan(prefix):
+                state = decode(shaping_decoder, value)
+                assert isinstance(state, BucketShaping | QuantileShaping)
+                yield state
+
+    def history(self, user: str) -> History | None:
+        """A user's committed history."""
+        value = self._kv.get(b"h" + user.encode())
+        return decode(history_decoder, value) if value else None
+
+    def is_closed(self, request: str) -> bool:
+        """Whether a committed sample closed this request."""
+        return self._kv.get(b"c" + request.encode()) is not None
+
+    def forget_closed(self, before_ms: int, most: int = 10_000) -> int:
+        """Drop ids of requests exposed before `before_ms`; returns how many, `most` a call."""
+        batch: dict[bytes, bytes | None] = {}
+        for key, _ in self._kv.scan(b"t"):
+            if int.from_bytes(key[1:9], "big") >= before_ms or len(batch) >= 2 * most:
+                break
+            batch[key] = None
+            batch[b"c" + key[9:]] = None
+        if batch:
+            self._kv.write(batch)
+        return len(batch) // 2
+
+    def close(self) -> None:
+        """Release the store."""
+        self._kv.close()
+
+
+def _closed(request: str, time_ms: int) -> dict[bytes, bytes | None]:
+    """An id, and an index of ids by time for forgetting."""
+    time = time_ms.to_bytes(8, "big")
+    return {b"c" + request.encode(): time, b"t" + time + request.encode(): b""}

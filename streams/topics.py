@@ -1,0 +1,60 @@
+"""The topics: names, partitions, retention and compaction, as the contract of the streams fixes them.
+
+Retention acts on a record's age in the log (record timestamps are times of writing, event time is a field), so
+a replay of an old log is not deleted as it is written.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from streams.settings import KafkaSettings
+
+EXPOSURES: Final = "exposures"
+FEEDBACK: Final = "feedback"
+SAMPLES: Final = "samples"
+HISTORIES: Final = "histories"
+SHAPING: Final = "shaping"
+WEIGHTS_ANCHORS: Final = "weights.anchors"
+WEIGHTS: Final = "weights"
+WEIGHTS_ACKS: Final = "weights.acks"
+CATALOGUE: Final = "catalogue"
+CONTROL: Final = "control"
+INSIGHTS: Final = "insights"
+DEAD_LETTERS: Final = "dead-letters"
+
+STREAMS_GROUP: Final = "dwell-streams"
+"""Consumer group whose committed offsets say how far the join has come."""
+
+MAX_MESSAGE_BYTES: Final = 1_000_000
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One topic as it must exist on the broker."""
+
+    name: str
+    partitions: int
+    config: dict[str, str]
+
+
+def topics(kafka: KafkaSettings) -> list[Topic]:
+    """All topics of the project, in the order of the contract."""
+    users = kafka.partitions
+    day_ms = int(kafka.retention_s * 1000)
+    by_time = {"cleanup.policy": "delete", "retention.ms": str(day_ms)}
+    compact = {"cleanup.policy": "compact", "segment.ms": "600000", "segment.bytes": "67108864"}
+    for_ever = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+    return [
+        Topic(EXPOSURES, users, by_time),
+        Topic(FEEDBACK, users, by_time),
+        Topic(SAMPLES, users, by_time),
+        Topic(HISTORIES, users, compact),
+        Topic(SHAPING, users, compact),
+        Topic(WEIGHTS_ANCHORS, 1, {**compact, "delete.retention.ms": "600000"}),
+        Topic(WEIGHTS, 1, {**by_time, "retention.bytes": str(4 << 30)}),
+        Topic(WEIGHTS_ACKS, 1, by_time),
+        Topic(CATALOGUE, 1, {**compact, "min.compaction.lag.ms": str(day_ms)}),
+        Topic(CONTROL, 1, for_ever),
+        Topic(INSIGHTS, 1, by_time),
+        Topic(DEAD_LETTERS, 1, by_time),
+    ]

@@ -1,0 +1,201 @@
+"""The weight wire format: a version is a manifest, chunks and a commit, in one Kafka transaction.
+
+A version is whole or absent: readers at read_committed see all of its records or none, and still check the digest
+of the full state against the manifest. State is compared by name, never by order. Values are safetensors bytes in
+chunks below Kafka's default message limit; nothing is ever unpickled.
+
+At this stage every version is full (an anchor); deltas, block digests and signatures will come as further record
+kinds and manifest fields.
+"""
+
+from hashlib import blake2b
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from streams.events import VERSION, UnreadableError, decode, encode
+
+CHUNK_BYTES: Final = 900_000
+
+State = dict[str, NDArray[Any]]
+
+
+class StepEntry(msgspec.Struct, kw_only=True):
+    """What one learning step took: offset ranges [from, to) of `samples`, and what became of them."""
+
+    ranges: list[tuple[int, int, int]]
+    """(partition, from, to)."""
+    trained: int
+    control: int
+    without_target: int
+    condemned: int = 0
+
+
+class TensorSchema(msgspec.Struct, kw_only=True):
+    """One tensor of the state."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+class Manifest(msgspec.Struct, tag_field="type", tag="manifest", kw_only=True):
+    """What a version is."""
+
+    v: str = VERSION
+    version: int
+    lineage: str
+    codebook: str
+    preset: str
+    codes: int
+    user_rows: int
+    schema: list[TensorSchema]
+    digest: str
+    size_bytes: int
+    chunks: int
+    journal: list[StepEntry]
+    watermark_ms: int
+    created_ms: int
+
+
+class Chunk(msgspec.Struct, tag_field="type", tag="chunk", kw_only=True):
+    """A piece of the state's safetensors bytes."""
+
+    v: str = VERSION
+    version: int
+    index: int
+    data: bytes
+
+
+class Commit(msgspec.Struct, tag_field="type", tag="commit", kw_only=True):
+    """The version's last record."""
+
+    v: str = VERSION
+    version: int
+
+
+class Ack(msgspec.Struct, tag_field="type", tag="ack", kw_only=True):
+    """An actor's word on a version."""
+
+    v: str = VERSION
+    actor: str
+    version: int
+    applied: bool
+    reason: str = ""
+    created_ms: int
+    """The manifest's own time."""
+    applied_ms: int
+
+
+WeightRecord = Manifest | Chunk | Commit
+
+weights_decoder: Final[msgspec.msgpack.Decoder[WeightRecord]] = msgspec.msgpack.Decoder(
+    WeightRecord
+)
+ack_decoder: Final = msgspec.msgpack.Decoder(Ack)
+
+
+def schema_of(state: State) -> list[TensorSchema]:
+    """The state's tensors by name."""
+    return [
+        TensorSchema(name=name, dtype=str(state[name].dtype), shape=list(state[name].shape))
+        for name in sorted(state)
+    ]
+
+
+def digest_of(state: State) -> str:
+    """BLAKE2b over names, types, shapes and values, in the order of the names."""
+    digest = blake2b(digest_size=16)
+    for name in sorted(state):
+        value = np.ascontiguousarray(state[name])
+        digest.update(f"{name}:{value.dtype}:{value.shape};".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def record_key(version: int, part: str | int) -> str:
+    """Compaction key of one record of a version."""
+    return f"{version}/{part}"
+
+
+def record_keys(manifest: Manifest) -> list[str]:
+    """All keys of a version, to be deleted together."""
+    parts: list[str | int] = ["manifest", *range(manifest.chunks), "commit"]
+    return [record_key(manifest.version, part) for part in parts]
+
+
+def pack(manifest: Manifest, state: State) -> list[tuple[str, bytes]]:
+    """Key and value of each record of a version; sets the manifest's size and number of chunks."""
+    content = save({name: np.ascontiguousarray(value) for name, value in state.items()})
+    pieces = [content[at : at + CHUNK_BYTES] for at in range(0, len(content), CHUNK_BYTES)]
+    manifest.size_bytes, manifest.chunks = len(content), len(pieces)
+    version = manifest.version
+    records = [(record_key(version, "manifest"), encode(manifest))]
+    records += [
+        (record_key(version, index), encode(Chunk(version=version, index=index, data=piece)))
+        for index, piece in enumerate(pieces)
+    ]
+    records.append((record_key(version, "commit"), encode(Commit(version=version))))
+    return records
+
+
+class WeightError(ValueError):
+    """A version that cannot be taken; what is being served stays."""
+
+
+class Assembler:
+    """Puts versions together from the records of the topic, in order.
+
+    `take` returns the manifest and the state's bytes at a version's commit, unchecked: `verified_state` checks.
+    """
+
+    def __init__(self) -> None:
+        self._manifest: Manifest | None = None
+        self._pieces: list[bytes] = []
+
+    def take(self, value: bytes | None) -> tuple[Manifest, bytes] | None:
+        """Take one record's value (a tombstone is None); raises `WeightError` for a version out of order."""
+        if value is None:
+            return None
+        try:
+            record = decode(weights_decoder, value)
+        except UnreadableError as error:
+            raise WeightError(str(error)) from None
+        if isinstance(record, Manifest):
+            self._manifest, self._pieces = record, []
+            return None
+        manifest = self._manifest
+        if manifest is None or record.version != manifest.version:
+            return None  # the rest of a version whose beginning was deleted
+        if isinstance(record, Chunk):
+            if record.index != len(self._pieces):
+                raise WeightError(f"version {manifest.version}: chunk {record.index} out of order")
+            self._pieces.append(record.data)
+            return None
+        content = b"".join(self._pieces)
+        self._manifest, self._pieces = None, []
+        if len(content) != manifest.size_bytes:
+            raise WeightError(
+                f"version {manifest.version}: {len(content)} bytes, the manifest says {manifest.size_bytes}"
+            )
+        return manifest, content
+
+
+def verified_state(manifest: Manifest, content: bytes) -> State:
+    """The state of a version; raises `WeightError` when schema or digest differ from the manifest."""
+    state: State = load(content)
+    schema = schema_of(state)
+    if schema != manifest.schema:
+        ours = {tensor.name for tensor in manifest.schema} ^ {tensor.name for tensor in schema}
+        raise WeightError(
+            f"version {manifest.version}: schema differs at {sorted(ours) or 'a shape'}"
+        )
+    digest = digest_of(state)
+    if digest != manifest.digest:
+        raise WeightError(
+            f"version {manifest.version}: digest {digest}, the manifest says {manifest.digest}"
+        )
+    return state

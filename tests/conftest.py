@@ -1,0 +1,32 @@
+"""Fixtures that more than one package's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from ops.broker import EmbeddedBroker
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """kafka-python reads its schemas through functions that Python 3.11 deprecates."""
+    for name in ("read_text", "open_text"):
+        config.addinivalue_line("filterwarnings", f"ignore:{name} is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]:
+    """A real broker for all tests; those that stop or kill one start their own."""
+    from ops.broker import EmbeddedBroker  # not before the filters above hold
+
+    with EmbeddedBroker(tmp_path_factory.mktemp("kafka")) as running:
+        yield running
+
+
+@pytest.fixture
+def bootstrap(broker: EmbeddedBroker) -> str:
+    """Address of the shared broker."""
+    return broker.bootstrap

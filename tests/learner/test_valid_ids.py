@@ -1,0 +1,270 @@
+"""The index of valid IDs against a brute-force reading of the same log."""
+
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from learner.valid_ids import Tree, UnknownVersionError, ValidIds, keys_of, sids_of
+from streams.events import SemanticId
+
+CODES = 3
+Op = tuple[str, SemanticId | None]
+
+code = st.integers(0, CODES - 1)
+# Few items and few leaves, so that leaves die, are born again, and are shared.
+sid = st.sampled_from([(0, 0, 0), (0, 0, 1), (0, 2, 1), (1, 1, 1), (2, 0, 0), (2, 0, 2), (2, 2, 2)])
+operation = st.tuples(st.sampled_from("abcdefgh"), sid | st.none())
+operations = st.lists(operation, max_size=40)
+
+
+def built(ops: Iterable[Op]) -> ValidIds:
+    index = ValidIds(CODES)
+    for version, (item, leaf) in enumerate(ops):
+        if leaf is None:
+            index.delete(version, item)
+        else:
+            index.upsert(version, item, leaf)
+    return index
+
+
+def catalogue_at(ops: list[Op], version: int) -> dict[str, SemanticId]:
+    state: dict[str, SemanticId] = {}
+    for item, leaf in ops[: version + 1]:
+        if leaf is None:
+            state.pop(item, None)
+        else:
+            state[item] = leaf
+    return state
+
+
+def key(leaf: SemanticId, codes: int = CODES) -> int:
+    return (leaf[0] * codes + leaf[1]) * codes + leaf[2]
+
+
+def expected_mask(
+    live: set[SemanticId], prefix: tuple[int, ...], codes: int = CODES
+) -> NDArray[np.bool_]:
+    mask = np.zeros(codes, dtype=bool)
+    for leaf in live:
+        if leaf[: len(prefix)] == prefix:
+            mask[leaf[len(prefix)]] = True
+    return mask
+
+
+def assert_tree_is(tree: Tree, live: set[SemanticId], gone: list[set[SemanticId]]) -> None:
+    """Every mask of every node, also of nodes that do not live, for several requests at once."""
+    excluded = [np.array([key(leaf) for leaf in leaves], dtype=np.int64) for leaves in gone]
+    for level in range(3):
+        prefixes = list(np.ndindex(*(CODES,) * level))
+        node_M = [int(np.ravel_multi_index(p, (CODES,) * level)) if p else 0 for p in prefixes]
+        prefix_BM = np.tile(np.array([-1, *node_M], dtype=np.int64), (len(gone), 1))
+        mask_BMK = tree.child_mask(prefix_BM, level, excluded)
+        located = tree.child_mask(prefix_BM, level, tree.locate(excluded))
+        assert np.array_equal(mask_BMK, located)
+        for request, leaves in enumerate(gone):
+            assert not mask_BMK[request, 0].any()
+            for beam, prefix in enumerate(prefixes, start=1):
+                expected = expected_mask(live - leaves, tuple(map(int, prefix)))
+                assert np.array_equal(mask_BMK[request, beam], expected)
+        plain = tree.child_mask(prefix_BM, level)
+        for beam, prefix in enumerate(prefixes, start=1):
+            assert np.array_equal(plain[0, beam], expected_mask(live, tuple(map(int, prefix))))
+
+
+@given(operations, st.lists(st.sets(st.tuples(code, code, code)), min_size=1, max_size=3))
+def test_every_version_has_the_masks_of_what_lived_then(
+    ops: list[Op], excluded: list[set[SemanticId]]
+) -> None:
+    index = built(ops)
+    for version in {-1, len(ops) // 2, len(ops) - 1} & set(range(-1, len(ops))):
+        live = set(catalogue_at(ops, version).values())
+        tree = index.tree(version)
+        assert tree.leaves().tolist() == sorted(key(leaf) for leaf in live)
+        assert len(tree) == len(live)
+        # Random leaves, all leaves, and all but one: the cases in which nodes go.
+        but_one = set(sorted(live)[1:])
+        assert_tree_is(tree, live, [*excluded, live, but_one])
+
+
+@given(operations, st.sets(st.sampled_from("abcdefgh")))
+def test_members_and_ids_are_those_of_the_version(ops: list[Op], shown: set[str]) -> None:
+    index = built(ops)
+    for version in range(-1, len(ops)):
+        state = catalogue_at(ops, version)
+        of_leaf: dict[int, set[str]] = {}
+        for item, leaf in state.items():
+            of_leaf.setdefault(key(leaf), set()).add(item)
+        for leaf_key in range(CODES**3):
+            assert index.members(leaf_key, version) == sorted(of_leaf.get(leaf_key, set()))
+        for item in "abcdefgh":
+            assert index.sid_of(item, version) == state.get(item)
+        exhausted = [leaf for leaf, members in of_leaf.items() if members <= shown]
+        assert index.exhausted(shown, version).tolist() == sorted(exhausted)
+    assert all(index.sid_of(item) == leaf for item, leaf in catalogue_at(ops, len(ops)).items())
+
+
+@given(operations, st.integers(-1, 45))
+def test_pruning_keeps_every_later_version_and_refuses_the_earlier(
+    ops: list[Op], before: int
+) -> None:
+    index = built(ops)
+    index.tree(-1)
+    index.prune(before)
+    oldest = min(before, len(ops) - 1)
+    assert index.oldest == oldest
+    for version in range(-1, len(ops)):
+        if version < oldest:
+            with pytest.raises(UnknownVersionError, match="is pruned"):
+                index.tree(version)
+            continue
+        live = {key(leaf) for leaf in catalogue_at(ops, version).values()}
+        assert index.tree(version).leaves().tolist() == sorted(live)
+    # And it goes on where it was.
+    index.upsert(len(ops), "a", (1, 2, 2))
+    assert index.sid_of("a") == (1, 2, 2)
+
+
+@given(operations)
+def test_tensors_carry_the_whole_index(ops: list[Op]) -> None:
+    index = built(ops)
+    index.prune(len(ops) // 3)
+    again = ValidIds.from_tensors(index.to_tensors())
+    assert (again.codes, again.version, again.oldest) == (CODES, index.version, index.oldest)
+    for version in range(index.oldest, len(ops)):
+        assert np.array_equal(again.tree(version).leaves(), index.tree(version).leaves())
+        for leaf_key in range(CODES**3):
+            assert again.members(leaf_key, version) == index.members(leaf_key, version)
+    again.delete(len(ops), "a")
+    assert again.sid_of("a") is None
+
+
+def test_names_of_any_script_survive_a_checkpoint() -> None:
+    index = ValidIds(4)
+    for version, item in enumerate(["", "é", "视频", "plain"]):
+        index.upsert(version, item, (1, 1, version))
+    again = ValidIds.from_tensors(index.to_tensors())
+    assert [again.sid_of(item) for item in ("", "é", "视频", "plain")] == [
+        (1, 1, version) for version in range(4)
+    ]
+
+
+def test_a_key_that_died_and_was_born_again_is_taken_alive_at_the_version() -> None:
+    index = ValidIds(4)
+    index.upsert(10, "a", (1, 2, 3))
+    index.delete(20, "a")
+    index.upsert(30, "b", (1, 2, 3))
+    assert [len(index.tree(version)) for version in (9, 10, 19, 20, 29, 30)] == [0, 1, 1, 0, 0, 1]
+    leaf = int(index.tree(30).leaves()[0])
+    assert index.members(leaf, 15) == ["a"]
+    assert index.members(leaf, 25) == []
+    assert index.members(leaf, 30) == ["b"]
+
+
+def test_a_shared_leaf_lives_until_its_last_member_leaves() -> None:
+    index = ValidIds(4)
+    index.upsert(0, "a", (0, 0, 0))
+    index.upsert(1, "b", (0, 0, 0))
+    index.delete(2, "a")
+    index.upsert(3, "b", (0, 0, 1))
+    assert [index.tree(version).leaves().tolist() for version in range(4)] == [[0], [0], [0], [1]]
+
+
+def test_a_tree_that_was_handed_out_does_not_change() -> None:
+    index = built([("a", (0, 0, 0)), ("b", (1, 1, 1))])
+    tree = index.tree(1)
+    index.upsert(1, "c", (2, 2, 2))
+    assert len(tree) == 2
+    assert len(index.tree(1)) == 3
+    with pytest.raises(ValueError, match="read-only"):
+        tree.leaves()[0] = 5
+
+
+def test_an_unchanged_upsert_keeps_the_tree() -> None:
+    index = built([("a", (0, 0, 0))])
+    tree = index.tree(0)
+    index.upsert(0, "a", (0, 0, 0))
+    assert index.tree(0) is tree
+
+
+def test_versions_go_forward_and_are_known_before_they_are_asked_for() -> None:
+    index = built([("a", (0, 0, 0)), ("nobody", None)])
+    assert index.version == 1
+    index.advance(7)
+    assert len(index.tree(7)) == 1
+    with pytest.raises(UnknownVersionError, match="8 is not applied yet, the last is 7"):
+        index.tree(8)
+    with pytest.raises(ValueError, match="6 comes after 7"):
+        index.delete(6, "a")
+
+
+def test_codes_outside_the_codebook_are_refused_instead_of_naming_another_leaf() -> None:
+    with pytest.raises(ValueError, match=r"'a' has semantic ID \(0, 3, 0\)"):
+        ValidIds(3).upsert(0, "a", (0, 3, 0))
+    with pytest.raises(ValueError, match=r"outside 0\.\.2"):
+        keys_of(np.array([[0, 3, 0]]), 3)
+    with pytest.raises(ValueError, match=r"outside 0\.\.2"):
+        built([("a", (0, 0, 0))]).tree(0).path_masks(np.array([[[0, 3, 0]]]))
+
+
+def test_lists_of_exclusions_must_match_the_requests() -> None:
+    tree = built([("a", (0, 0, 0))]).tree(0)
+    with pytest.raises(ValueError, match="2 lists of excluded leaves for 1 requests"):
+        tree.child_mask(np.zeros((1, 1), np.int64), 0, [np.zeros(1, np.int64)] * 2)
+
+
+def test_keys_and_ids_are_each_others_inverse_and_order_like_the_ids() -> None:
+    sids = np.array(list(np.ndindex(5, 5, 5)))
+    keys = keys_of(sids, 5)
+    assert keys.tolist() == list(range(125))
+    assert np.array_equal(sids_of(keys, 5), sids)
+    assert keys_of(np.array([[8191, 8191, 8191]]), 8192).tolist() == [8192**3 - 1]
+
+
+def test_masks_along_a_path_are_those_of_its_nodes_less_what_is_excluded() -> None:
+    rng = np.random.default_rng(0)
+    codes = 6
+    live_n = np.unique(rng.integers(0, codes**3, 60))
+    tree = Tree(codes, live_n)
+    live = {tuple(map(int, leaf)) for leaf in sids_of(live_n, codes)}
+    sids_Bk3 = sids_of(rng.choice(live_n, (5, 4)), codes)
+    sids_Bk3[2, 3] = -1
+    excluded = [rng.choice(live_n, size) for size in (0, 5, 30, 50, 60)]
+    masks = tree.path_masks(sids_Bk3, excluded)
+    for request, slot in np.ndindex(5, 4):
+        target = tuple(map(int, sids_Bk3[request, slot]))
+        left = live - {tuple(map(int, leaf)) for leaf in sids_of(excluded[request], codes)}
+        for level in range(3):
+            expected = (
+                np.zeros(codes, dtype=bool)
+                if target == (-1, -1, -1)
+                else expected_mask({(a, b, c) for a, b, c in left}, target[:level], codes)
+            )
+            assert np.array_equal(masks[request, slot, level], expected)
+
+
+def test_a_catalogue_loads_and_a_slate_is_masked_fast() -> None:
+    rng = np.random.default_rng(1)
+    leaves = [(int(a), int(b), int(c)) for a, b, c in rng.integers(0, 32, (7600, 3))]
+    index = ValidIds(32)
+    begin = time.process_time()
+    for version, leaf in enumerate(leaves):
+        index.upsert(version, f"item-{version}", leaf)
+    tree = index.tree(len(leaves) - 1)
+    assert time.process_time() - begin < 0.2
+
+    excluded = [rng.choice(tree.leaves(), 128, replace=False)]
+    path_1M = rng.choice(tree.leaves(), (1, 8))
+    spent = []
+    for _ in range(50):
+        begin = time.process_time()
+        located = tree.locate(excluded)
+        tree.child_mask(np.zeros((1, 1), np.int64), 0, located)
+        tree.child_mask(path_1M // 32**2, 1, located)
+        tree.child_mask(path_1M // 32, 2, located)
+        spent.append(time.process_time() - begin)
+    assert min(spent) < 1.5e-3
