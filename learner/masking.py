@@ -25,8 +25,7 @@ def masked_log_softmax(
     if not temperature > 0.0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     closed_XK = ~mask_XK
-    # An empty row would be NaN, forward and backward: give it some distribution first.
-    empty_X1 = closed_XK.all(dim=-1, keepdim=True)
     scaled_XK = (logits_XK / temperature).masked_fill(closed_XK, -torch.inf)
-    logp_XK = torch.log_softmax(scaled_XK.masked_fill(empty_X1, 0.0), dim=-1, dtype=dtype)
-    return logp_XK.masked_fill(empty_X1, -torch.inf)
+    logp_XK = torch.log_softmax(scaled_XK, dim=-1, dtype=dtype)
+    # A row without valid codes is NaN here; filling it stops the NaN on the way back, too.
+    return logp_XK.masked_fill(closed_XK, -torch.inf)

@@ -134,23 +134,37 @@ def _nearest(points_ND: _Floats, centroids_KD: _Floats) -> tuple[NDArray[np.int6
     return index_N, distance_N
 
 
+def _distance_to(points_ND: _Floats, row: int) -> _Floats:
+    """Squared distance `[N]` of each point to one of them."""
+    return cdist(points_ND, points_ND[row : row + 1], metric="sqeuclidean")[:, 0]
+
+
 def _cluster(points_ND: _Floats, codes: int, rng: np.random.Generator) -> _Floats:
     seeds_kD = _seed(points_ND, codes, rng)
     if len(seeds_kD) < codes:
         # Every distinct point is a centroid already.
         surplus_KD = np.repeat(seeds_kD[:1], codes - len(seeds_kD), axis=0)
         return np.concatenate([seeds_kD, surplus_KD])
-    centroids_KD = _lloyd(points_ND, seeds_kD)
-    for repair in range(_REPAIRS + codes):
+    return refine(points_ND, seeds_kD)
+
+
+def refine(
+    points_ND: NDArray[np.float64], centroids_KD: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Lloyd's iterations from any start, without idle centroids where K distinct points exist.
+
+    An idle centroid moves onto the point farthest from its own, one after the other.
+    """
+    centroids_KD = _lloyd(points_ND, centroids_KD)
+    for repair in range(_REPAIRS + len(centroids_KD)):
         index_N, distance_N = _nearest(points_ND, centroids_KD)
-        idle = np.flatnonzero(np.bincount(index_N, minlength=codes) == 0)
+        idle = np.flatnonzero(np.bincount(index_N, minlength=len(centroids_KD)) == 0)
         if not len(idle):
             break
         for code in idle:
             worst = int(distance_N.argmax())
             centroids_KD[code] = points_ND[worst]
-            moved_N = cdist(points_ND, points_ND[worst : worst + 1], metric="sqeuclidean")[:, 0]
-            distance_N = np.minimum(distance_N, moved_N)
+            distance_N = np.minimum(distance_N, _distance_to(points_ND, worst))
         if repair < _REPAIRS:
             centroids_KD = _lloyd(points_ND, centroids_KD)
     return centroids_KD
@@ -161,9 +175,7 @@ def _seed(points_ND: _Floats, codes: int, rng: np.random.Generator) -> _Floats:
     chosen = [int(rng.integers(len(points_ND)))]
     distance_N = np.full(len(points_ND), np.inf)
     while len(chosen) < codes:
-        last = chosen[-1]
-        new_N = cdist(points_ND, points_ND[last : last + 1], metric="sqeuclidean")[:, 0]
-        distance_N = np.minimum(distance_N, new_N)
+        distance_N = np.minimum(distance_N, _distance_to(points_ND, chosen[-1]))
         cumulative_N = np.cumsum(distance_N)
         if cumulative_N[-1] <= 0.0:
             break

@@ -65,6 +65,7 @@ log.retention.check.interval.ms=60000
 _LOGGING: Final = """\
 # Written at each start.
 status = error
+shutdownHook = disable
 appender.file.type = RollingFile
 appender.file.name = file
 appender.file.fileName = broker.log

@@ -45,7 +45,7 @@ ForSeconds = Annotated[
 ]
 StartFrom = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Start from this checkpoint of `dwell pretrain`."),
+    typer.Option(metavar="DIR", help="Start from this folder, written by `dwell pretrain`."),
 ]
 MetricsPort = Annotated[
     int, typer.Option(min=0, max=65_535, help="Port of Prometheus metrics; 0 takes a free one.")
@@ -151,10 +151,13 @@ def up(
     """Run the whole loop: broker, actor, streams, insights and learner."""
     config = common.load({"learn.seed": seed, "simulate.seed": seed}, demo=demo)
     _require_writable(json)
+    if serial:
+        from ops.serial_shell import run as run_serial
+
+        raise typer.Exit(run_serial(config, requests, json))
     from ops.up import up as run
 
-    seed = config.learn.seed
-    raise typer.Exit(run(config, demo, for_s, serial, requests, seed, json, start_from))
+    raise typer.Exit(run(config, demo, for_s, json, start_from))
 
 
 @command
@@ -189,9 +192,12 @@ def actor(
 ) -> None:
     """Serve slates over HTTP, and publish exposures and feedback."""
     config = common.load_with_kafka({"actor.host": host, "actor.port": port})
-    from actor.run import run
+    from actor.run import PortError, run
 
-    run(config.kafka, config.policy, config.actor)
+    try:
+        run(config.kafka, config.policy, config.actor)
+    except PortError as error:
+        raise UserError(f"{error}.") from None
 
 
 @command
@@ -223,7 +229,9 @@ def learner(common: Common, start_from: StartFrom = None, metrics_port: MetricsP
     """Learn from samples, and publish weights."""
     config = common.load_with_kafka()
     from learner.checkpoint import CheckpointError
+    from learner.publication import PublicationError
     from learner.run import Learner, LearnerError
+    from ops.start import Start
 
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -231,21 +239,22 @@ def learner(common: Common, start_from: StartFrom = None, metrics_port: MetricsP
     _serve_metrics(metrics_port)
     role = Learner(config.kafka, config.policy, config.learn, Path(config.storage.data_dir))
     try:
-        role.start(start_from)
+        role.start(None if start_from is None else Start.at(start_from).policy)
         role.run(stopped)
         role.close()
-    except (LearnerError, CheckpointError) as error:
+    except (LearnerError, CheckpointError, PublicationError) as error:
         raise UserError(f"{error}.") from None
 
 
 @command
-def simulate(common: Common, for_s: ForSeconds = None, json: JsonFile = None) -> None:
+def simulate(common: Common, for_s: ForSeconds = None) -> None:
     """Let simulated viewers call a running actor as an app's backend would."""
     config = common.load()
-    _require_writable(json)
     from ops.simulate import run
 
-    raise typer.Exit(run(config, for_s, json))
+    counts = run(config, for_s)
+    failed = f"{counts.requests_failed} failed, " if counts.requests_failed else ""
+    typer.echo(f"{counts.requests} requests, {failed}{counts.viewings} viewings")
 
 
 @command
@@ -321,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program and ends it with its exit status; `arguments` None means `sys.argv`."""
     try:
         app(arguments, prog_name="dwell")
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk or a taken port is not ours to explain
         line = " ".join(str(error).splitlines())
         print(f"dwell: {line}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,7 @@ Notable choices
   ranks what the log has not shown yet. At full weight it buries the log: cumulative recall@50 over
   KuaiRand-Pure falls from .145 to .109.
 - Weights are the caller's: 1 for every row when all rows are the target, 1 for long views only
-  when these are. Each is the stronger bar for its own target.
+  when these are. The best of the five is the stronger bar with its own target's weights.
 - Last-item co-occurrence ranks by counts. PPMI, which is good for neighbourhoods, is far worse at
   prediction: it prefers the rare. Counts of the history alone would be a straw man too, so the log's
   pairs are added, five times as heavy (of 1, 5 and 50 the best on the log's first day).

@@ -14,6 +14,7 @@ Notable choices (numbers and reasons: docs/simulator.md)
 import asyncio
 import heapq
 import logging
+import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,11 +29,13 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from ops.config import Config
 from ops.errors import UserError
 from ops.outbox import JSON, Outbox, OutboxCounts, Report
 from ops.served import Served, append_lines, encode_line, read_lines
 from ops.settings import SimulateSettings
 from ops.viewer import Event, Viewing, deliver, watch
+from ops.warmup import world_of
 from ops.world import World
 
 log = logging.getLogger(__name__)
@@ -360,6 +363,24 @@ def _so_far(arrived: Iterable[Event]) -> tuple[list[int], int]:
         if event.kind == "dislike":
             disliked.add(event.position)
     return list(played.values()), len(disliked)
+
+
+def run(config: Config, for_s: float | None) -> Counts:
+    """`dwell simulate`: viewers of the configured world call the actor until SIGTERM or `for_s` is over."""
+    world, twins = world_of(config)
+    base_url = f"http://{config.actor.host}:{config.actor.port}"
+    out_path = Path(config.storage.data_dir) / "simulator" / "served.jsonl"
+
+    async def main() -> Counts:
+        until = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, until.set)
+        if for_s is not None:
+            loop.call_later(for_s, until.set)
+        return await simulate(base_url, world, twins, config.simulate, out_path, until)
+
+    return asyncio.run(main())
 
 
 async def _first(ends: Sequence[asyncio.Future[Any]]) -> None:

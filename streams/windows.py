@@ -7,7 +7,8 @@ Notable choices
   they are when windows go by the time of serving.
 - Nothing is stored: a window is rebuilt from the log. `settle` names, per partition, the offset of the first
   sample that a window still open contains; a reader that starts there sums each open window exactly once and
-  none of the closed ones.
+  none of the closed ones. Partitions whose earlier windows another reader has closed are in the record's
+  `partitions` only from there on.
 - How far event time has come is the slowest partition's affair, except that a partition without samples for a
   while is not waited for: an idle one must not hold back the others for ever.
 """
@@ -71,6 +72,7 @@ class Windows:
         self._sums: dict[Key, Sums] = {}
         self._first: dict[int, dict[int, int]] = {}
         self._next: dict[int, int] = {}
+        self._since_ms: dict[int, int] = {}
         self._horizon_ms: int | None = None
         self._changed: set[Key] = set()
         self._unsettled: set[Key] = set()
@@ -84,15 +86,14 @@ class Windows:
         if self._horizon_ms is not None and start_ms < self._horizon_ms:
             self.late += 1
             return False
+        self._since_ms.setdefault(partition, start_ms)
         key = (start_ms, sample.arm)
         self._sums.setdefault(key, Sums()).add(sample)
         self._first.setdefault(start_ms, {}).setdefault(partition, offset)
         self._changed.add(key)
         return True
 
-    def report(
-        self, now_ms: int | None, partitions: Iterable[int], with_open: bool = True
-    ) -> list[Insight]:
+    def report(self, now_ms: int | None, with_open: bool = True) -> list[Insight]:
         """What has to be published, oldest first: windows that are closed at event time `now_ms` (None: unknown),
         and, `with_open`, those that changed. Repeated by later reports until `settle`."""
         if now_ms is not None:
@@ -102,15 +103,14 @@ class Windows:
         if with_open:
             self._unsettled |= self._changed
             self._changed.clear()
-        shares = sorted(partitions)
-        return [self._insight(key, shares) for key in sorted(closed | self._unsettled)]
+        return [self._insight(key) for key in sorted(closed | self._unsettled)]
 
     def settle(self) -> dict[int, int]:
         """The last report is on the log: forget what is closed; offsets by partition at which to start again."""
         self._unsettled.clear()
         for key in [key for key in self._sums if self._closed(key[0])]:
             del self._sums[key]
-            self._first.pop(key[0], None)
+            pass
             self._changed.discard(key)
         offsets = dict(self._next)
         for firsts in self._first.values():
@@ -121,14 +121,15 @@ class Windows:
     def _closed(self, start_ms: int) -> bool:
         return self._horizon_ms is not None and start_ms < self._horizon_ms
 
-    def _insight(self, key: Key, partitions: list[int]) -> Insight:
+    def _insight(self, key: Key) -> Insight:
         start_ms, arm = key
         sums = self._sums[key]
+        whole = sorted(p for p, since_ms in self._since_ms.items() if since_ms <= start_ms)
         return Insight(
             window_start_ms=start_ms,
             window_ms=self._window_ms,
             arm=arm,
-            partitions=partitions,
+            partitions=whole,
             final=self._closed(start_ms),
             requests=sums.requests,
             shown=sums.shown,
@@ -143,6 +144,20 @@ class Windows:
                 self._top, sums.items.items(), key=lambda counted: (-counted[1], counted[0])
             ),
         )
+
+
+def standing(insights: Iterable[Insight]) -> list[Insight]:
+    """Of records in the order of the log those that count, oldest window first; see `Insight`."""
+    by_window: dict[Key, list[Insight]] = {}
+    for insight in insights:
+        key = (insight.window_start_ms, insight.arm)
+        others = [
+            each
+            for each in by_window.get(key, [])
+            if set(each.partitions).isdisjoint(insight.partitions)
+        ]
+        by_window[key] = [*others, insight]
+    return [insight for key in sorted(by_window) for insight in by_window[key]]
 
 
 class EventClock:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from learner.semantic_ids import Codebooks, fit
+from learner.semantic_ids import Codebooks, fit, refine
 
 
 def blobs(items: int, width: int, seed: int = 0) -> NDArray[np.float64]:
@@ -48,13 +48,19 @@ def test_a_code_is_the_nearest_centroid_of_the_residual() -> None:
 
 
 def test_every_code_of_every_level_is_used() -> None:
-    # Seven far points and one dense heap: plain k-means leaves centroids idle here.
-    rng = np.random.default_rng(3)
-    points = np.concatenate([rng.normal(size=(500, 4)) * 1e-3, rng.normal(size=(7, 4)) * 100])
-    for seed in range(5):
-        sids = fit(points, 32, seed=seed).assign(points)
-        for level in range(3):
-            assert len(np.unique(sids[:, level])) == 32
+    sids = fit(blobs(500, 8), 32, seed=1).assign(blobs(500, 8))
+    for level in range(3):
+        assert len(np.unique(sids[:, level])) == 32
+
+
+def test_idle_centroids_are_put_to_use_wherever_they_start() -> None:
+    points = blobs(60, 4)
+    far = np.full((16, 4), 1e6)  # equal and far away: all but one would stay idle for ever
+    centroids = refine(points, far)
+    nearest = ((points[:, None] - centroids) ** 2).sum(-1).argmin(1)
+    assert len(np.unique(nearest)) == 16
+    # Also where each point needs a centroid of its own.
+    assert sorted(map(tuple, refine(points, np.full((60, 4), 1e6)))) == sorted(map(tuple, points))
 
 
 def test_fewer_distinct_items_than_codes_are_told_apart_exactly() -> None:

@@ -208,6 +208,7 @@ def test_a_broker_that_ends_by_itself_is_told(dwell: Run, fake_broker: type[Fake
     ("raised", "status", "err"),
     [
         (UserError("the port\nis taken"), 2, "dwell: the port is taken\n"),
+        (OSError("the disk is full"), 2, "dwell: the disk is full\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ops import feedlog
-from ops.csvtable import Malformed, read_numbers
+from ops.csvtable import Column, Malformed, read_numbers
 from ops.errors import UserError
 from ops.feedlog import EXPOSED, NO_DURATION, REPEATED, ROW, classify, events, open_log
 
@@ -197,11 +197,12 @@ def test_whole_numbers_may_be_quoted_or_carry_a_point(folder: Path) -> None:
 def test_the_size_of_a_block_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], block_bytes: int
 ) -> None:
+    columns = [Column("user_id", "user", 99), Column("time_ms", "time_ms", 10**6)]
     path = tmp_path_factory.mktemp("blocks") / "log.csv"
     path.write_text("\n".join([LOG, *lines]))
     whole, parts = Malformed(), Malformed()
-    at_once = read_numbers([path], feedlog._LOG, ROW, whole)
-    in_parts = read_numbers([path], feedlog._LOG, ROW, parts, block_bytes)
+    at_once = read_numbers([path], columns, ROW, whole)
+    in_parts = read_numbers([path], columns, ROW, parts, block_bytes)
     assert in_parts.tolist() == at_once.tolist()
     assert parts == whole
     assert whole.count == sum(text in ("1,2", "x" * 40) for text in lines)

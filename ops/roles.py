@@ -1,0 +1,92 @@
+"""The processes of the loop: started with one configuration, watched, and stopped in order.
+
+A role's output goes to a file below the data directory. Stopping is SIGTERM, and SIGKILL for one that does not
+listen (a Faust worker whose broker has vanished may not).
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from ops.config import Config
+from ops.config_text import commented_toml
+from ops.errors import UserError
+
+PATIENCE_S = 15.0
+
+
+class Role:
+    """One process of the loop."""
+
+    def __init__(self, name: str, arguments: list[str], folder: Path) -> None:
+        self.name = name
+        self.log_file = folder / f"{name}.log"
+        environment = {key: value for key, value in os.environ.items() if not _is_ours(key)}
+        self.cpu_seconds = 0.0
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ops.cli", name, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches us alone: we stop the roles in order
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def check(self) -> None:
+        """Raise `UserError` with the role's last word when it has ended by itself."""
+        if not self.alive:
+            raise UserError(
+                f"{self.name} ended by itself (status {self._process.returncode}): {last_line(self.log_file)}; "
+                f"see {self.log_file}."
+            )
+
+    def stop(self, patience_s: float = PATIENCE_S) -> None:
+        """SIGTERM, then SIGKILL after `patience_s`; `cpu_seconds` is known afterwards."""
+        before = children_cpu_s()
+        if self.alive:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+        self.cpu_seconds += children_cpu_s() - before
+
+
+def write_config(config: Config, folder: Path) -> Path:
+    """The configuration that the roles of one run share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.toml"
+    path.write_text(commented_toml(config), encoding="utf-8")
+    return path
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says anything."""
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def _is_ours(variable: str) -> bool:
+    """The configuration is resolved already; the environment must not be applied twice."""
+    return variable.startswith("DWELL_")
+
+
+def children_cpu_s() -> float:
+    """CPU seconds of the child processes reaped so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
