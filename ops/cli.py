@@ -27,6 +27,7 @@ import typer
 from ops.config import DEFAULT_FILE, Config, Given, load
 from ops.config_text import commented_toml, resolved
 from ops.errors import UserError
+from ops.roles import end_with_parent
 
 app = typer.Typer(
     name="dwell",
@@ -36,12 +37,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DEMO_S = 120.0
+"""How long a demonstration runs unless told otherwise."""
+
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the results here as JSON.")
 ]
 ForSeconds = Annotated[
     float | None,
-    typer.Option("--for", metavar="SECONDS", min=0, help="Stop after this long; else at Ctrl-C."),
+    typer.Option("--for", metavar="SECONDS", min=0, help="Stop after this long, or at Ctrl-C."),
 ]
 StartFrom = Annotated[
     Path | None,
@@ -150,6 +154,7 @@ def up(
 ) -> None:
     """Run the whole loop: broker, actor, streams, insights and learner."""
     config = common.load({"learn.seed": seed, "simulate.seed": seed}, demo=demo)
+    for_s = DEMO_S if demo and for_s is None else for_s
     _require_writable(json)
     if serial:
         from ops.serial_shell import run as run_serial
@@ -328,6 +333,7 @@ def version() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program and ends it with its exit status; `arguments` None means `sys.argv`."""
+    end_with_parent()
     try:
         app(arguments, prog_name="dwell")
     except (UserError, OSError) as error:  # a full disk or a taken port is not ours to explain

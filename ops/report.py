@@ -95,7 +95,6 @@ def live_results(
     lines: Sequence[Served],
     catalogue: int,
     span_ms: tuple[int, int],
-    cpu_seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """All figures of a live run of the demonstration."""
     start_ms, end_ms = span_ms
@@ -122,7 +121,6 @@ def live_results(
         "requests_per_second": len(here) / max(1e-9, (end_ms - start_ms) / 1000),
         "trained_this_run": observed.trained,
         "outcomes_this_run": dict(observed.outcomes),
-        "cpu_seconds": dict(cpu_seconds),
         "seconds": (end_ms - start_ms) / 1000,
     }
 

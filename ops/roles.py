@@ -9,6 +9,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 from ops.config import Config
@@ -16,6 +18,8 @@ from ops.config_text import commented_toml
 from ops.errors import UserError
 
 PATIENCE_S = 15.0
+WITH_PARENT = "DWELL_WITH_PARENT"
+"""Set in a role's environment: end when standard input ends."""
 
 
 class Role:
@@ -25,11 +29,12 @@ class Role:
         self.name = name
         self.log_file = folder / f"{name}.log"
         environment = {key: value for key, value in os.environ.items() if not _is_ours(key)}
+        environment[WITH_PARENT] = "1"
         self.cpu_seconds = 0.0
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ops.cli", name, *arguments],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # its end tells the role that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -64,7 +69,23 @@ class Role:
             except subprocess.TimeoutExpired:
                 self._process.kill()
         self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         self.cpu_seconds += children_cpu_s() - before
+
+
+def end_with_parent() -> None:
+    """In a role: when whoever started it is gone (killed, even), end as if told to; called once, early."""
+    if os.environ.pop(WITH_PARENT, None) is None:
+        return
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE_S)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def write_config(config: Config, folder: Path) -> Path:

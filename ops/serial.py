@@ -27,7 +27,7 @@ from streams.control import CONTROL_ARM, LEARNING_ARM
 from streams.events import Exposure, Feedback, Sample, encode
 from streams.intake import partition_of
 from streams.partition import Partition
-from streams.state import LogRecord, PartitionState, shaping_key
+from streams.state import LogRecord, PartitionState
 from streams.topics import HISTORIES, SAMPLES, SHAPING
 from streams.weights import Manifest, digest_of
 
@@ -88,6 +88,7 @@ class Serial:
         self._sequence = 0
         self._shown: dict[str, set[str]] = {}
         self._visits: dict[int, int] = {}
+        self._busy_until_ms = np.zeros(len(start.twins), np.int64)
         self._first_waiting_ms: int | None = None
         self._published_ms = now_ms
         torch.set_num_threads(config.policy.threads)
@@ -99,7 +100,8 @@ class Serial:
         while self.result.requests < requests:
             owed += per_window
             pairs, owed = int(owed), owed - int(owed)
-            persons = self._rng.choice(len(self._start.twins), size=pairs, replace=False)
+            idle = np.flatnonzero(self._busy_until_ms <= self._now_ms)
+            persons = self._rng.choice(idle, size=min(pairs, len(idle)), replace=False)
             self._serve([int(person) for person in persons])
             progress(min(requests, self.result.requests), requests)
             self._now_ms += WINDOW_MS
@@ -189,6 +191,8 @@ class Serial:
         viewing = watch(
             world, person, self._visits.get(person, 0), items, self._config.simulate.pace
         )
+        until_ms = self._now_ms + round(viewing.lasts_s * 1000)
+        self._busy_until_ms[person] = max(self._busy_until_ms[person], until_ms)
         for event in deliver(viewing.events, self._rng):
             at_ms = self._now_ms + round(event.at_s * 1000)
             self._sequence += 1
@@ -253,7 +257,6 @@ class Serial:
             records.append(LogRecord(HISTORIES, lane.next(HISTORIES), encode(history)))
             self._users.take_history(history.user, encode(history))
         for shaping in output.shaping:
-            assert shaping_key(shaping)
             records.append(LogRecord(SHAPING, lane.next(SHAPING), encode(shaping)))
         lane.state.apply(records)
         self.result.samples += len(output.samples)

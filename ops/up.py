@@ -6,11 +6,11 @@ finished by the next run on the same data directory.
 """
 
 import math
+import signal
 import socket
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -44,18 +44,24 @@ def up(
     """Run the loop for `for_s` seconds or until Ctrl-C; returns the exit status."""
     console = Console()
     data_dir = Path(config.storage.data_dir)
-    cpu: dict[str, float] = {}
-    with ExitStack() as stack:
-        stack.enter_context(held(data_dir))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop in order, as at Ctrl-C
+    if config.actor.port and not can_listen(config.actor.host, config.actor.port):
+        raise UserError(
+            f"port {config.actor.port} on {config.actor.host} is in use: stop what uses it, or choose "
+            "another with --set actor.port=PORT (0 takes a free one)."
+        )
+    if start_from is not None:
+        Start.at(start_from)
+    with held(data_dir):
         with open_cluster(config, lambda line: console.print(line)) as cluster:
             run = _Run(cluster, demo, start_from, console)
             results = run.live(for_s)
-            cpu.update(run.cpu_seconds())
-            mine = children_cpu_s()
-        cpu["broker"] = children_cpu_s() - mine
+            roles = run.cpu_seconds()
+            before = children_cpu_s()
+        roles["broker"] = children_cpu_s() - before
     if results is None:
         return 0
-    results["cpu_seconds"] = cpu
+    results["cpu_seconds"] = {**roles, "up": time.process_time()}
     checks = live_checks(results)
     print_results(results, checks, console)
     if json_path is not None:
@@ -108,9 +114,10 @@ class _Run:
             self._console.print(f"actor at {address} (API at {address}/docs)")
             if self._demo:
                 self._roles.append(self._role("simulate", "--set", f"actor.port={port}"))
-            started_ms = int(time.time() * 1000)
+            started_ms = self._first_request(served) if self._demo else int(time.time() * 1000)
             try:
-                until = math.inf if for_s is None else time.monotonic() + for_s
+                running_s = time.time() - started_ms / 1000
+                until = math.inf if for_s is None else time.monotonic() + for_s - running_s
                 watch(view, until, self._check)
             except KeyboardInterrupt:
                 pass
@@ -127,7 +134,19 @@ class _Run:
         settled = account(self._config.kafka, self._config.join)
         lines, _ = read_lines(served)
         span = (started_ms, ended_ms)
-        return live_results(observed, settled, lines, self._config.simulate.items, span, {})
+        return live_results(observed, settled, lines, self._config.simulate.items, span)
+
+    def _first_request(self, served: Path) -> int:
+        """When the viewers began: their process needs some seconds to come up."""
+        since = time.time()
+        _, offset = read_lines(served)
+        while time.time() - since < READY_S:
+            lines, _ = read_lines(served, offset)
+            if lines:
+                return min(line.time_ms for line in lines)
+            self._check()
+            time.sleep(0.1)
+        raise UserError(f"no viewer was served within {READY_S:.0f} s; see {self._data_dir / 'run'}.")
 
     def cpu_seconds(self) -> dict[str, float]:
         """CPU of each role, known after it was stopped."""
@@ -136,11 +155,6 @@ class _Run:
     def _start_roles(self) -> int:
         """Everything that serves and learns; returns the actor's port once it is ready."""
         port = self._config.actor.port or free_port()
-        if not can_listen(self._config.actor.host, port):
-            raise UserError(
-                f"port {port} on {self._config.actor.host} is in use: stop what uses it, or choose "
-                "another with --set actor.port=PORT (0 takes a free one)."
-            )
         start = () if self._start is None else ("--start-from", str(self._start))
         for name, more in (("learner", start), ("streams", ()), ("insights", ())):
             metrics = ("--metrics-port", str(self._ports[name]))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from learner.catalogue import Catalogue
 from learner.checkpoint import Progress, to_bytes
@@ -88,6 +89,7 @@ def world_of(config: Config) -> tuple[World, list[Mapping[str, str]]]:
 
 def warm_start(config: Config, now_ms: int, tell: Tell) -> WarmStart:
     """Make the world, its catalogue, its log, and a policy trained on it."""
+    torch.set_num_threads(config.policy.threads)
     world, twins = world_of(config)
     codebooks = fit(world.embeddings, config.policy.codes, config.simulate.seed)
     upserts = catalogue_of(world, codebooks)

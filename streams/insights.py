@@ -29,7 +29,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import KafkaError
-from faust.exceptions import ProducerSendError
+from faust.exceptions import ConsumerNotStarted, ProducerSendError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import StreamT
 from prometheus_client import Counter, Gauge, start_http_server
@@ -272,17 +272,20 @@ async def _run(bootstrap: str, data_dir: Path) -> None:
         reason = life.exception() or insights.app.crash_reason
         raise ConnectionError(f"the insights application has failed: {reason!r}")
     if not await _last_word(insights):
-        log.warning("Kafka does not answer; what is not written will be summed up again")
+        log.warning("Kafka does not answer: stopped as it was, open windows will be rebuilt")
         logging.shutdown()
         os._exit(os.EX_OK)
     await insights.app.stop()
 
 
 async def _last_word(insights: Insights) -> bool:
+    """Publish what there is, and see that Kafka answers: without it Faust cannot stop in order."""
+    consumer = insights.app.consumer
     try:
         async with asyncio.timeout(LAST_WORD_S):
+            await consumer.highwaters(*consumer.assignment())
             return await insights.publish()
-    except TimeoutError:
+    except (TimeoutError, KafkaError, ConsumerNotStarted):
         return False
 
 

@@ -110,7 +110,7 @@ class Windows:
         self._unsettled.clear()
         for key in [key for key in self._sums if self._closed(key[0])]:
             del self._sums[key]
-            pass
+            self._first.pop(key[0], None)
             self._changed.discard(key)
         offsets = dict(self._next)
         for firsts in self._first.values():

@@ -1,0 +1,149 @@
+"""The whole loop, as a user runs it: `dwell up --demo` in its own processes on its own broker."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = [
+    "--set=simulate.people=60",
+    "--set=simulate.items=400",
+    "--set=simulate.requests_per_s=40",
+    "--set=pretrain.steps=20",
+    "--set=actor.port=0",
+]
+
+
+def dwell(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ops.cli", *arguments]
+
+
+def demo(data_dir: Path, seconds: float, json_file: Path) -> dict[str, Any]:
+    """One run of the demonstration; its results."""
+    done = subprocess.run(
+        dwell(
+            "up",
+            "--demo",
+            f"--for={seconds}",
+            f"--data-dir={data_dir}",
+            f"--json={json_file}",
+            *SMALL,
+        ),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results: dict[str, Any] = json.loads(json_file.read_text())["results"]
+    return results
+
+
+def processes_of(data_dir: Path) -> list[int]:
+    """Processes whose command line names the data directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+        except OSError:
+            continue
+        if str(data_dir).encode() in command:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.timeout(400)
+def test_a_run_learns_a_second_goes_on_and_a_killed_one_loses_nothing(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    first = demo(data_dir, 8, tmp_path / "first.json")
+    assert first["requests"] > 100
+    assert first["samples"] + first["open"] == first["requests"]
+    assert (first["lost"], first["duplicated"]) == (0, 0)
+    assert first["versions"] > 1
+    assert first["freshness"]["count"] > 0
+    assert first["fill"] > 0.99
+    assert {"actor", "broker", "insights", "learner", "simulate", "streams"} <= set(
+        first["cpu_seconds"]
+    )
+
+    running = subprocess.Popen(
+        dwell("up", "--demo", "--for=60", f"--data-dir={data_dir}", *SMALL),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+    served = data_dir / "simulator" / "served.jsonl"
+    before = served.stat().st_size
+    deadline = time.monotonic() + 60
+    while served.stat().st_size == before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(3)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    deadline = time.monotonic() + 30
+    while processes_of(data_dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(data_dir) == []  # whoever loses the supervisor ends by itself
+
+    third = demo(data_dir, 5, tmp_path / "third.json")
+    assert third["versions"] > first["versions"]
+    assert third["requests"] > first["requests"] + third["requests_this_run"]
+    assert third["samples"] + third["open"] == third["requests"]
+    assert (third["lost"], third["duplicated"]) == (0, 0)
+
+
+def refused(*arguments: str) -> str:
+    done = subprocess.run(
+        dwell(*arguments), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_a_data_directory_in_use_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = refused("up", "--demo", f"--data-dir={tmp_path}")
+    assert "another dwell command" in said
+    assert str(tmp_path) in said
+
+
+def test_a_port_in_use_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refused("up", "--demo", f"--data-dir={tmp_path}", f"--set=actor.port={port}")
+    assert f"port {port}" in said
+    assert not (tmp_path / "broker").exists()
+
+
+def test_a_data_directory_of_another_cluster_is_refused_and_left_alone(
+    tmp_path: Path, bootstrap: str
+) -> None:
+    (tmp_path / "cluster.json").write_text('{"cluster_id": "somebody-elses"}')
+    said = refused("up", "--demo", f"--data-dir={tmp_path}", f"--bootstrap={bootstrap}")
+    assert "somebody-elses" in said
+    assert sorted(os.listdir(tmp_path)) == ["cluster.json", "lock"]
+
+
+def test_up_without_a_policy_says_where_one_comes_from(tmp_path: Path) -> None:
+    said = refused("up", f"--data-dir={tmp_path}", "--set=actor.port=0")
+    assert "--start-from" in said
+    assert "dwell pretrain" in said
+
+
+def test_a_folder_that_is_no_start_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
+    said = refused(
+        "up", f"--data-dir={tmp_path / 'd'}", f"--start-from={tmp_path}", "--set=actor.port=0"
+    )
+    assert "policy.safetensors is missing" in said
