@@ -5,21 +5,19 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from storage.settings import Count, Name, NotNegative, Positive, Whole
+from storage.settings import Count, NotNegative, Positive, Whole
 
 
 @dataclass(frozen=True)
 class PolicySettings:
     """The shape of the policy; fixed for a lineage."""
 
-    preset: Name = "tiny"
+    preset: Literal["tiny"] = "tiny"
     """Size of the lazy decoder; see learner/presets.py."""
     codes: Annotated[int, Meta(ge=2)] = 32
     """Codes of each of the three levels of a semantic ID."""
     user_rows: Count = 16_384
     """Rows of the user table; user ids are hashed onto them."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tensors live: auto, cpu or cuda."""
     threads: Count = 1
     """Threads of torch in each process."""
 
@@ -45,7 +43,7 @@ class LearnSettings:
     seed: Whole = 7
     """Seed of initial weights and of everything random in training."""
     keep_checkpoints: Count = 3
-    """Checkpoints kept on disk besides the oldest one, which `control` is pinned to."""
+    """Checkpoints kept on disk."""
     weights_horizon_s: NotNegative = 900.0
     """Published versions that no arm names are deleted from the log after this long."""
 

@@ -153,7 +153,7 @@ def up(
     start_from: StartFrom = None,
 ) -> None:
     """Run the whole loop: broker, actor, streams, insights and learner."""
-    config = common.load({"learn.seed": seed, "simulate.seed": seed}, demo=demo)
+    config = common.load({"learn.seed": seed, "simulate.seed": seed}, demo=demo or serial)
     for_s = DEMO_S if demo and for_s is None else for_s
     _require_writable(json)
     if serial:

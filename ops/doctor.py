@@ -44,7 +44,7 @@ def checks(config: Config) -> list[Line]:
     """Look at everything, in the order in which a start would need it."""
     data_dir = Path(config.storage.data_dir)
     embedded = not config.kafka.bootstrap
-    lines = [check_python(sys.version_info[:2]), check_torch(config.policy.device)]
+    lines = [check_python(sys.version_info[:2]), check_torch()]
     if embedded:
         lines += [check_java(), check_jars()]
     lines += [check_disk(data_dir), check_port(config.actor)]
@@ -73,8 +73,8 @@ def check_python(version: tuple[int, int]) -> Line:
     return Line("Python", ok, platform.python_version(), remedy)
 
 
-def check_torch(device: str) -> Line:
-    """PyTorch, its threads, and the device that `policy.device` would use."""
+def check_torch() -> Line:
+    """PyTorch, its threads, and the processor or GPU it finds."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -82,8 +82,6 @@ def check_torch(device: str) -> Line:
     cuda = torch.cuda.is_available()
     device_name = torch.cuda.get_device_name(0) if cuda else "cpu"
     found = f"{torch.__version__}, {torch.get_num_threads()} threads, {device_name}"
-    if device == "cuda" and not cuda:
-        return Line("torch", False, found, 'no usable GPU: set policy.device = "auto" or "cpu"')
     return Line("torch", True, found)
 
 

@@ -36,7 +36,7 @@ class Kind:
         """The allowed values in words, to end the sentence 'allowed is ...'."""
         if self.choices:
             *most, last = (json.dumps(choice) for choice in self.choices)
-            return f"{', '.join(most)} or {last}"
+            return f"{', '.join(most)} or {last}" if most else last
         bounds = [
             f"{word} {bound}"
             for word, bound in (

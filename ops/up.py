@@ -77,6 +77,7 @@ class _Run:
         self, cluster: Cluster, demo: bool, start_from: Path | None, console: Console
     ) -> None:
         self._config = cluster.config
+        self._broker = cluster.broker
         self._demo = demo
         self._console = console
         self._data_dir = Path(self._config.storage.data_dir)
@@ -183,6 +184,9 @@ class _Run:
         raise UserError(f"{url} did not answer within {READY_S:.0f} s; see {self._data_dir / 'run'}.")
 
     def _check(self) -> None:
+        """Raise `UserError` when a part of the loop has ended by itself."""
+        if self._broker is not None and not self._broker.alive:
+            raise UserError(f"the broker ended by itself; {self._broker.log_file} says why.")
         for role in self._roles:
             role.check()
 

@@ -51,7 +51,7 @@ IDLE_S: Final = 10.0
 SESSION_S: Final = 6.0
 """A worker that has not been heard of for this long loses its partitions."""
 REQUEST_S: Final = 10.0
-LAST_WORD_S: Final = 2.0
+LAST_WORD_S: Final = 1.0
 """A worker that was told to stop may take this long to publish what it has."""
 STOP_S: Final = 4.0
 """A worker that was told to stop and has not ended after this long is ended."""

@@ -175,7 +175,7 @@ def test_an_unknown_section_is_told_with_the_allowed_ones() -> None:
         (f"[learn]\nbatch = {10**400}", "is too large"),
         ("[shape]\nthreshold_quantile = 1.0", "allowed is a number above 0 and below 1"),
         ("[actor]\nport = 65536", "allowed is a whole number at least 0 and at most 65535"),
-        ('[policy]\ndevice = "gpu"', 'none of the choices; allowed is "auto", "cpu" or "cuda"'),
+        ('[policy]\npreset = "vast"', 'none of the choices; allowed is "tiny"'),
         ('[storage]\ndata_dir = ""', "is empty; allowed is text that is not empty"),
         ('[storage]\ndata_dir = "a\\nb"', "holds a character that cannot be printed"),
         ('[kafka]\nbootstrap = "localhost"', "has another form; allowed is empty, or host:port"),

@@ -233,7 +233,7 @@ async def test_a_worker_told_to_stop_ends_in_time_although_the_broker_has_gone(
         await write(producer, [sample(NOW_MS + 7_200_000, "c")])
         await until_published(broker.bootstrap, "c", 1)
     broker.kill()
-    await asyncio.sleep(1)
+    await asyncio.sleep(0.5)
     assert workers[0].process.poll() is None, "an outage is outlived"
     status, seconds = workers[0].terminate()
     assert (status, seconds < 5) == (0, True)

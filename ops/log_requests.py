@@ -1,0 +1,123 @@
+"""From the rows of a feed log to the events that a live actor would have written, block by block.
+
+Notable choices (contract of evidence, "Real logs")
+- One row is one request of the learning arm with one slot, of another system: source and decode mode `other`,
+  no logged probability. Request and event ids are functions of the row: the same log gives the same ids.
+- A block ends with its last exposure; what was played meanwhile comes with the blocks it falls into.
+- A request's context is what an actor knew at that moment: histories, overlaid with all feedback of the log up
+  to then, that of plays still going on included.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actor.users import Users
+from learner.catalogue import Catalogue
+from learner.context import pack_behaviours
+from ops.feedlog import Event, events
+from streams.control import LEARNING_ARM
+from streams.events import Exposure, Feedback, ShownItem
+
+
+@dataclass
+class Block:
+    """Some requests, and all that happened until the last of them."""
+
+    rows: list[int] = field(default_factory=list)
+    users: list[str] = field(default_factory=list)
+    contexts: list[bytes] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    """In event-time order; after the log's last row, all that was left."""
+
+    @property
+    def end_ms(self) -> int:
+        """The log time reached."""
+        return self.events[-1][0]
+
+
+class Requests:
+    """Walks the chosen rows of a log in event time."""
+
+    def __init__(
+        self,
+        rows: NDArray[np.void],
+        chosen: NDArray[np.integer],
+        users: Users,
+        catalogue: Catalogue,
+        context: int,
+    ) -> None:
+        """`chosen` are the indices, ascending, of the rows that become requests."""
+        self._events: Iterator[Event] = events(rows, chosen)
+        self._user = [str(user) for user in rows["user"].tolist()]
+        self._item = [str(video) for video in rows["video"].tolist()]
+        self._duration_ms: list[int] = rows["duration_ms"].tolist()
+        self._users = users
+        self._catalogue = catalogue
+        self._context = context
+
+    def take(self, most: int) -> Block:
+        """The next `most` requests; one without requests holds what followed the last of them."""
+        block = Block()
+        for event in self._events:
+            block.events.append(event)
+            time_ms, kind, row, _ = event
+            if kind != "exposure":
+                self._users.feedback(self.feedback(event), self._duration_ms[row])
+                continue
+            block.rows.append(row)
+            block.users.append(self._user[row])
+            block.contexts.append(self._seen(self._user[row], time_ms))
+            if len(block.rows) == most:
+                break
+        return block
+
+    def exposure(self, time_ms: int, row: int, context: bytes, policy_version: int) -> Exposure:
+        """A row as a request that another system answered."""
+        item = self._item[row]
+        return Exposure(
+            request=f"log-{row}",
+            user=self._user[row],
+            time_ms=time_ms,
+            arm=LEARNING_ARM,
+            policy_version=policy_version,
+            catalogue_version=self._catalogue.version,
+            decode_mode="other",
+            temperature=1.0,
+            context=context,
+            excluded=b"",
+            items=[
+                ShownItem(
+                    item=item,
+                    sid=self._catalogue.items[item].sid,
+                    position=0,
+                    duration_ms=self._duration_ms[row],
+                    source="other",
+                )
+            ],
+        )
+
+    def feedback(self, event: Event) -> Feedback:
+        """What the viewer of a row did."""
+        time_ms, kind, row, play_ms = event
+        if kind == "exposure":
+            raise ValueError(f"row {row}: an exposure is no feedback")
+        return Feedback(
+            event=f"{row}-{kind}-{play_ms}",
+            user=self._user[row],
+            request=f"log-{row}",
+            position=-1 if kind == "left" else 0,
+            item=self._item[row],
+            time_ms=time_ms,
+            kind=kind,
+            play_ms=play_ms,
+        )
+
+    def _seen(self, user: str, now_ms: int) -> bytes:
+        items = self._catalogue.items
+        known = self._users.behaviours(user, self._context)
+        return pack_behaviours(
+            ((one, items[one.item].sid) for one in known if one.item in items), now_ms
+        )
