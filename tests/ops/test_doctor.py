@@ -18,7 +18,6 @@ from ops.doctor import (
     check_kafka,
     check_port,
     check_python,
-    check_torch,
     checks,
     render,
 )
@@ -93,14 +92,6 @@ def test_little_room_is_told_before_it_hurts(
     assert check_disk(tmp_path).ok
     (tmp_path / "file").touch()
     assert not check_disk(tmp_path / "file" / "below").ok
-
-
-def test_a_gpu_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert check_torch("auto").ok
-    assert not check_torch("cuda").ok
 
 
 def test_topics_and_cluster_are_compared_with_what_is_expected(
