@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import faust
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -32,6 +32,7 @@ from aiokafka.errors import KafkaError
 from faust.exceptions import ConsumerNotStarted, ProducerSendError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import StreamT
+from mode import CrashingSupervisor
 from prometheus_client import Counter, Gauge, start_http_server
 
 from streams.events import Insight, UnreadableError, decode, encode, sample_decoder
@@ -136,6 +137,7 @@ class Insights:
             broker=";".join(f"kafka://{address}" for address in bootstrap.split(",")),
             datadir=folder,
             autodiscover=False,
+            agent_supervisor=CrashingSupervisor,  # a restarted agent would go on after the failed batch
             web_enabled=False,
             topic_allow_declare=False,
             topic_disable_leader=True,
@@ -239,8 +241,8 @@ def _show(now_ms: int | None, report: list[Insight]) -> None:
 def run(kafka: KafkaSettings, data_dir: Path, metrics_port: int) -> None:
     """Run until SIGTERM or SIGINT; must be called in the main thread of a process of its own, which it may end.
 
-    Raises `ConnectionError` when Kafka cannot be reached or lacks the topics, or the application has failed, and
-    `OSError` when the port of the metrics is taken; either says so in a sentence.
+    Raises `ConnectionError` when Kafka cannot be reached or lacks the topics, and `OSError` when the port of the
+    metrics is taken; either says so in a sentence. A failure later on is logged and ends the process.
     """
     _quieten()
     try:
@@ -268,13 +270,12 @@ async def _run(bootstrap: str, data_dir: Path) -> None:
     end = asyncio.create_task(told.wait())
     await asyncio.wait((life, end), return_when=asyncio.FIRST_COMPLETED)
     if life.done():
-        _end_anyway(os.EX_UNAVAILABLE)
         reason = life.exception() or insights.app.crash_reason
-        raise ConnectionError(f"the insights application has failed: {reason!r}")
+        log.critical("the insights application has failed: %r", reason)
+        _end(os.EX_SOFTWARE)
     if not await _last_word(insights):
         log.warning("Kafka does not answer: stopped as it was, open windows will be rebuilt")
-        logging.shutdown()
-        os._exit(os.EX_OK)
+        _end(os.EX_OK)
     await insights.app.stop()
 
 
@@ -316,6 +317,12 @@ def _quieten() -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
             logging.getLogger(name).addFilter(seldom)
     log.addFilter(seldom)
+
+
+def _end(code: int) -> NoReturn:
+    """End this process without waiting for Faust's threads."""
+    logging.shutdown()
+    os._exit(code)
 
 
 def _end_anyway(code: int) -> None:
