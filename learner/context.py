@@ -2,7 +2,8 @@
 
 A context is a static position (the user) and the latest behaviours, oldest first, as the exposure logged them: so
 the learner sees what the policy saw. Features of a behaviour enter linearly, which keeps "gather per code, sum,
-add features" possible.
+add features" possible. They are centred and of like size: what tells taste is how far a play outlasts others of its
+duration, a small difference of two large logarithms unless it is a feature itself.
 
 Legend: B requests, T behaviours, F features, L levels of a semantic ID.
 """
@@ -52,16 +53,18 @@ def pack_behaviours(behaviours: Iterable[tuple[Behaviour, SemanticId]], now_ms: 
 
 
 def features(behaviours_N: NDArray[np.void]) -> NDArray[np.float32]:
-    """Features `[N, F]` of behaviours, each about 1 in size."""
+    """Features `[N, F]` of behaviours, each centred or 0/1, and about 1 in size."""
     play_s = behaviours_N["play_ms"] / 1000.0
     duration_s = behaviours_N["duration_ms"] / 1000.0
     ratio = np.minimum(play_s / np.maximum(duration_s, 0.1), 2.0)
     actions = behaviours_N["actions"]
     features_NF = np.empty((len(behaviours_N), FEATURES), np.float32)
     features_NF[:, 0] = 1.0
-    features_NF[:, 1] = np.log1p(play_s) / 3.0
-    features_NF[:, 2] = np.log1p(duration_s) / 4.0
-    features_NF[:, 3] = ratio
+    # Play times grow about as the root of the duration; features 1 and 2 span any other power, too.
+    log_duration = np.log(np.maximum(duration_s, 0.5))
+    features_NF[:, 1] = np.log(play_s + 0.5) - 0.5 * log_duration - 0.2
+    features_NF[:, 2] = log_duration - 3.5
+    features_NF[:, 3] = 2.0 * (ratio - 0.3)
     features_NF[:, 4] = ratio > 0.9
     features_NF[:, 5] = (actions & _POSITIVE_ACTIONS) != 0
     features_NF[:, 6] = (actions & ACTION_BITS["dislike"]) != 0

@@ -6,15 +6,21 @@ Report sections "Context processor" and "Lazy decoder block":
 - Input Embed([BOS, s1, s2]): position i predicts level i. Blocks are pre-norm: cross attention (only W_q and W_o),
   causal self-attention, SwiGLU. Each level has its own RMSNorm and head.
 - The k targets of a request share one context and do not see one another.
-Our choices (reference measurements, section 2): code embeddings start from the k-means centroids and are shared by
-context, input and output: logits = head(h), started at zero, + h E^T / d_model. Position embeddings count from the
-newest behaviour.
+Our choices where the report is silent. With few samples the start decides how soon the policy tells persons apart,
+so it starts as a filter by content and learns from there:
+- Code embeddings start from the k-means centroids, all levels through one random projection and at one scale, so
+  that an item's three embeddings add up to its place; context, input and output share them.
+- logits = head(h), started at zero, + 2 h E^T / sqrt(d_model): h is RMS-normed and |E| about 4, so a code in the
+  direction of h has up to 8 nats; a scale eight times smaller learned half as fast.
+- W_o of the cross attention starts as the identity (what was attended to reaches the logits) and W_q small (all
+  behaviours count alike at first).
+- Position embeddings count from the newest behaviour.
 
 Legend: B requests, N context positions (T behaviours and the static one), k targets, L levels, P prefix
 positions, D d_model, E d_embed, H query heads, G key/value heads, d d_head, K codes of a level.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +31,13 @@ from torch.nn import functional as F
 from learner.context import FEATURES, Contexts
 from learner.presets import Preset
 from streams.events import LEVELS
+
+
+_QUERY_START: Final = 0.2
+"""Of the usual size: nearly uniform attention at the start."""
+_CODE_NORM: Final = 4.0
+"""Mean norm of the first level's embeddings at the start; the other levels keep their proportion."""
+_TIED_SCALE: Final = 2.0
 
 
 class KeyValues(NamedTuple):
@@ -103,6 +116,9 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(width)
         self.ffn_in = nn.Linear(width, 2 * preset.d_ffn, bias=False)
         self.ffn_out = nn.Linear(preset.d_ffn, width, bias=False)
+        nn.init.eye_(self.cross_out.weight)
+        with torch.no_grad():
+            self.cross_query.weight.mul_(_QUERY_START)
 
     def forward(self, x_BkPD: Tensor, keys: Tensor, values: Tensor, present_BN: Tensor) -> Tensor:
         """One block over `[B, k, P, D]`; the k targets are separate sequences over one context."""
@@ -162,13 +178,14 @@ class LazyDecoder(nn.Module):
             nn.init.zeros_(head.bias)
 
     def start_from_centroids(self, centroids: list[NDArray[np.float32]]) -> None:
-        """Code embeddings from the codebooks: projected at random, mean norm 4, plus .05 noise."""
-        for table, centroids_KX in zip(self.embeddings, centroids, strict=True):
-            x_KX = torch.from_numpy(centroids_KX)
-            projected_KE = x_KX @ torch.randn(x_KX.shape[1], self.preset.d_embed)
-            norm = projected_KE.norm(dim=1).mean().clamp_min(1e-6)
-            with torch.no_grad():
-                table.copy_(projected_KE * (4.0 / norm) + 0.05 * torch.randn_like(projected_KE))
+        """Code embeddings from the codebooks `[K, X]`: one random projection and one scale for all levels,
+        first level's mean norm 4, plus .05 noise."""
+        with torch.no_grad():
+            projection_XE = torch.randn(centroids[0].shape[1], self.preset.d_embed)
+            projected = [torch.from_numpy(table_KX) @ projection_XE for table_KX in centroids]
+            scale = _CODE_NORM / projected[0].norm(dim=1).mean().clamp_min(1e-6)
+            for table, projected_KE in zip(self.embeddings, projected, strict=True):
+                table.copy_(projected_KE * scale + 0.05 * torch.randn_like(projected_KE))
 
     def process(self, contexts: Contexts) -> KeyValues:
         """Keys and values of a batch of contexts, computed once for all targets."""
@@ -191,7 +208,8 @@ class LazyDecoder(nn.Module):
     def logits(self, level: int, h_BkD: Tensor) -> Tensor:
         """Logits `[B, k, K]` of one level from its position's state."""
         h_BkD = self.norms[level](h_BkD)
-        tied_BkK = h_BkD @ self.widen(self.embeddings[level]).T / self.preset.d_model
+        scale = _TIED_SCALE / self.preset.d_model**0.5
+        tied_BkK = h_BkD @ self.widen(self.embeddings[level]).T * scale
         logits_BkK: Tensor = self.heads[level](h_BkD) + tied_BkK
         return logits_BkK
 

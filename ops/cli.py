@@ -27,6 +27,7 @@ import typer
 from ops.config import DEFAULT_FILE, Config, Given, load
 from ops.config_text import commented_toml, resolved
 from ops.errors import UserError
+from ops.logs import log_as_role
 from ops.roles import end_with_parent
 
 app = typer.Typer(
@@ -102,8 +103,9 @@ class Common:
         return loaded.config
 
     def load_with_kafka(self, named: Mapping[str, object] | None = None) -> Config:
-        """As `load`, for a role that cannot do without a cluster."""
+        """As `load`, for a role that cannot do without a cluster; it logs from here on."""
         config = self.load(named)
+        log_as_role()
         if not config.kafka.bootstrap:
             raise UserError(
                 "kafka.bootstrap is empty, and this role needs a cluster: give --bootstrap "
@@ -226,7 +228,10 @@ def insights(common: Common, metrics_port: MetricsPort = 0) -> None:
     config = common.load_with_kafka()
     from streams.insights import run
 
-    run(config.kafka, Path(config.storage.data_dir), metrics_port)
+    try:
+        run(config.kafka, Path(config.storage.data_dir), metrics_port)
+    except OSError as error:
+        raise UserError(f"{error}.") from None
 
 
 @command

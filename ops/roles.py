@@ -1,7 +1,7 @@
 """The processes of the loop: started with one configuration, watched, and stopped in order.
 
 A role's output goes to a file below the data directory. Stopping is SIGTERM, and SIGKILL for one that does not
-listen (a Faust worker whose broker has vanished may not).
+listen.
 """
 
 import os

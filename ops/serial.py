@@ -256,8 +256,7 @@ class Serial:
         for history in output.histories:
             records.append(LogRecord(HISTORIES, lane.next(HISTORIES), encode(history)))
             self._users.take_history(history.user, encode(history))
-        for shaping in output.shaping:
-            records.append(LogRecord(SHAPING, lane.next(SHAPING), encode(shaping)))
+        records += [LogRecord(SHAPING, lane.next(SHAPING), encode(one)) for one in output.shaping]
         lane.state.apply(records)
         self.result.samples += len(output.samples)
 

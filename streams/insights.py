@@ -56,9 +56,8 @@ LAST_WORD_S: Final = 1.0
 """A worker that was told to stop may take this long to publish what it has."""
 STOP_S: Final = 4.0
 """A worker that was told to stop and has not ended after this long is ended."""
-SAME_LOG_LINE_S: Final = 60.0
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dwell.insights")
 
 SAMPLES_READ = Counter("dwell_insights_samples", "Samples summed up", ["arm"])
 LATE = Counter("dwell_insights_late_samples", "Samples whose window had been closed")
@@ -244,7 +243,6 @@ def run(kafka: KafkaSettings, data_dir: Path, metrics_port: int) -> None:
     Raises `ConnectionError` when Kafka cannot be reached or lacks the topics, and `OSError` when the port of the
     metrics is taken; either says so in a sentence. A failure later on is logged and ends the process.
     """
-    _quieten()
     try:
         server, _ = start_http_server(metrics_port, addr="127.0.0.1")
     except OSError as error:
@@ -293,30 +291,6 @@ async def _last_word(insights: Insights) -> bool:
 async def _live(app: faust.App) -> None:
     await app.start()
     await app.wait_until_stopped()
-
-
-class _Seldom(logging.Filter):
-    """Lets a message pass once in `SAME_LOG_LINE_S`: aiokafka repeats itself 60 times a second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._spoke: dict[tuple[str, str], float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = (record.name, str(record.msg))
-        if record.created - self._spoke.get(message, 0.0) < SAME_LOG_LINE_S:
-            return False
-        self._spoke[message] = record.created
-        return True
-
-
-def _quieten() -> None:
-    seldom = _Seldom()
-    for name in list(logging.root.manager.loggerDict):
-        if name.partition(".")[0] in ("aiokafka", "faust", "mode"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-            logging.getLogger(name).addFilter(seldom)
-    log.addFilter(seldom)
 
 
 def _end(code: int) -> NoReturn:

@@ -5,12 +5,14 @@ Notable choices
   reads no clock: it moves by records and ticks alone (contract of the streams, "Time").
 - What became of a request is a function of its events *in event-time order*, cut at the moment it is decided,
   and it is taken only once the watermark has passed that moment by `lateness`. So outcomes do not depend on the
-  order of arrival, as long as disorder stays within the lateness.
+  order of arrival, as long as every event arrives while the watermark is less than `lateness` ahead of it.
 - A decided position is final: an `end`, `left`, or `abandon` after the last play event. Later plays of it change
   nothing; actions count until the whole request is decided.
 - A late exposure (a slow producer, a drained spool) starts at its arrival, and its feedback is not older than
   that. "Late" means behind the watermark by more than `lateness`, so that an on-time request has the same start
   in any order of arrival (docs/decisions.md).
+- Feedback waits `dedupe_horizon` for its exposure. What is older than the exposure's start by more counts for
+  nothing, whether it is still waiting or not: a restart must not decide that.
 """
 
 import heapq
@@ -38,13 +40,14 @@ class JoinTimes:
 
     @classmethod
     def of(cls, settings: JoinSettings) -> "JoinTimes":
-        """Seconds to milliseconds."""
+        """Seconds to milliseconds; an id is remembered at least as long as its request may be open."""
+        cap, lateness = round(settings.cap_s * 1000), round(settings.lateness_s * 1000)
         return cls(
             window=round(settings.window_s * 1000),
-            cap=round(settings.cap_s * 1000),
+            cap=cap,
             abandon=round(settings.abandon_s * 1000),
-            lateness=round(settings.lateness_s * 1000),
-            horizon=round(settings.dedupe_horizon_s * 1000),
+            lateness=lateness,
+            horizon=max(round(settings.dedupe_horizon_s * 1000), cap + lateness),
         )
 
 
@@ -95,11 +98,15 @@ class _Request:
     check_ms: int = 1 << 62
     events: list[Feedback] = field(default_factory=list)
     ids: set[str] = field(default_factory=set)
-    begun: set[int] = field(default_factory=set)
+    begun: dict[int, int] = field(default_factory=dict)
+    """Earliest play event by position."""
 
 
 def decide(exposure: Exposure, start_ms: int, events: list[Feedback], times: JoinTimes) -> Decision:
-    """What `events` make of the request if nothing else comes; `events` in any order, without duplicates."""
+    """What `events` make of the request if nothing else comes; `events` in any order, without duplicates.
+
+    What happened before `start_ms` counts as happening then, in its own order.
+    """
     shown = {item.position for item in exposure.items}
     end = start_ms + min(times.window, times.cap)
     plays: dict[int, _Play] = {}
@@ -120,11 +127,14 @@ def decide(exposure: Exposure, start_ms: int, events: list[Feedback], times: Joi
         if at > end or (decided is not None and at > decided):
             break
         kind, position = event.kind, event.position
+        if event.time_ms <= start_ms - times.horizon:
+            continue
         if kind == "left":
             left_ms = decided = at
-        elif position not in shown:
+            break
+        if position not in shown:
             continue
-        elif kind in PLAY_KINDS:
+        if kind in PLAY_KINDS:
             play = plays.get(position)
             if play is None:
                 play = plays[position] = _Play(at, 0)
@@ -134,7 +144,7 @@ def decide(exposure: Exposure, start_ms: int, events: list[Feedback], times: Joi
             play.last_ms = at
             play.play_ms = max(play.play_ms, event.play_ms)
             play.ended = kind == "end"
-            if left_ms is None and len(plays) == len(shown):
+            if len(plays) == len(shown):
                 decided = max(
                     p.last_ms if p.ended else p.last_ms + times.abandon for p in plays.values()
                 )
@@ -167,7 +177,9 @@ class Join:
     """The open requests of one partition.
 
     `is_closed` answers for requests closed before the last commit; the core itself remembers those closed since
-    (`closed`, taken by the shell at each commit).
+    (`closed`, taken by the shell at each commit). Offsets of each input must ascend.
+    `late_changes` has the starts of exposures that came late, by offset, None once closed: replaying the inputs
+    cannot tell them, so the shell commits them too.
     """
 
     def __init__(self, settings: JoinSettings, is_closed: Callable[[str], bool]) -> None:
@@ -177,8 +189,10 @@ class Join:
         self.feedback_upto = 0
         self.counts: Counter[str] = Counter()
         self.closed: dict[str, int] = {}
+        self.late_changes: dict[int, int | None] = {}
         self._is_closed = is_closed
         self._open: dict[str, _Request] = {}
+        self._late: set[int] = set()
         self._checks: list[tuple[int, str]] = []
         self._exposure_offsets: OrderedDict[str, int] = OrderedDict()
         self._feedback_offsets: OrderedDict[str, int] = OrderedDict()
@@ -199,38 +213,38 @@ class Join:
         first_feedback = next(iter(self._feedback_offsets.values()), feedback_upto)
         return first_exposure, first_feedback
 
-    def late_starts(self) -> dict[int, int]:
-        """Start by exposure offset of the open requests that arrived late: replay alone cannot tell it."""
-        return {
-            request.exposure_offset: request.start_ms
-            for request in self._open.values()
-            if request.exposure is not None and request.start_ms > request.exposure.time_ms
-        }
-
-    def expose(
-        self, exposure: Exposure, offset: int, record_ms: int, start_ms: int | None = None
-    ) -> list[Joined]:
+    def expose(self, exposure: Exposure, offset: int, record_ms: int) -> list[Joined]:
         """Take one exposure; returns what became closable by it.
 
-        `start_ms` is given only when rebuilding. Raises nothing: duplicates are counted, and the caller
-        dead-letters what `too_late` says.
+        Raises nothing: duplicates are counted, and the caller dead-letters what `too_late` says.
         """
+        earliest = self.watermark_ms - self.times.lateness
+        self._open_at(exposure, offset, max(exposure.time_ms, earliest))
+        if exposure.time_ms < earliest and self._exposure_offsets.get(exposure.request) == offset:
+            self._late.add(offset)
+            self.late_changes[offset] = earliest
+        self.exposures_ms = max(self.exposures_ms, exposure.time_ms)
+        return self._close(record_ms)
+
+    def reopen(self, exposure: Exposure, offset: int, late_ms: int | None) -> None:
+        """Take an exposure again after a restart, with its start if it was late; moves no watermark."""
+        self._open_at(exposure, offset, exposure.time_ms if late_ms is None else late_ms)
+        if late_ms is not None:
+            self._late.add(offset)
+
+    def _open_at(self, exposure: Exposure, offset: int, start_ms: int) -> None:
         request = self._open.get(exposure.request)
         if (request is not None and request.exposure is not None) or self._known(exposure.request):
             self.counts["duplicate_exposures"] += 1
-        else:
-            if request is None:
-                request = self._open[exposure.request] = _Request()
-            late = self.watermark_ms - self.times.lateness
-            request.exposure = exposure
-            request.exposure_offset = offset
-            request.start_ms = max(exposure.time_ms, late) if start_ms is None else start_ms
-            self._exposure_offsets[exposure.request] = offset
-            shown = {item.position for item in exposure.items}
-            request.begun &= shown
-            self._schedule(exposure.request, request)
-        self.exposures_ms = max(self.exposures_ms, exposure.time_ms)
-        return self._close(record_ms)
+            return
+        if request is None:
+            request = self._open[exposure.request] = _Request()
+        request.exposure, request.exposure_offset = exposure, offset
+        request.start_ms = start_ms
+        self._exposure_offsets[exposure.request] = offset
+        shown = {item.position for item in exposure.items}
+        request.begun = {p: at for p, at in request.begun.items() if p in shown}
+        self._schedule(exposure.request, request)
 
     def too_late(self, exposure: Exposure) -> bool:
         """Whether the exposure is older than what closed ids are remembered for."""
@@ -247,7 +261,7 @@ class Join:
         else:
             if request is None:
                 request = self._open[feedback.request] = _Request()
-                self._push(feedback.request, request, feedback.time_ms + self.times.horizon)
+                self._push(feedback.request, request, self._useless_from(feedback))
             if not request.events:
                 self._feedback_offsets[feedback.request] = offset
             request.events.append(feedback)
@@ -269,14 +283,17 @@ class Join:
 
     def _note(self, feedback: Feedback, request: _Request) -> None:
         """Look again only where the event can bring the closing forward; all others postpone it."""
-        brings_forward = feedback.kind in ("end", "left")
-        if feedback.kind in PLAY_KINDS and feedback.position not in request.begun:
-            request.begun.add(feedback.position)
-            brings_forward = True
-        exposure = request.exposure
-        if exposure is None or not brings_forward:
-            return
-        if feedback.kind == "left" or len(request.begun) >= len(exposure.items):
+        brings_forward = feedback.kind == "left"
+        if feedback.kind in PLAY_KINDS:
+            begun_ms = request.begun.get(feedback.position)
+            first = begun_ms is None or feedback.time_ms < begun_ms
+            if first:
+                request.begun[feedback.position] = feedback.time_ms
+            exposure = request.exposure
+            all_begun = exposure is not None and len(request.begun) >= len(exposure.items)
+            brings_forward = all_begun and (first or feedback.kind == "end")
+            brings_forward |= first and begun_ms is not None  # out of order: the play began earlier
+        if brings_forward and request.exposure is not None:
             self._schedule(feedback.request, request)
 
     def _schedule(self, request_id: str, request: _Request) -> None:
@@ -299,8 +316,12 @@ class Join:
                 continue
             request.check_ms = 1 << 62
             if request.exposure is None:
-                self._forget(request_id)
-                self.counts["orphans"] += len(request.events)
+                useless_from = max(self._useless_from(event) for event in request.events)
+                if useless_from > watermark:
+                    self._push(request_id, request, useless_from)
+                else:
+                    self._forget(request_id)
+                    self.counts["orphans"] += len(request.events)
                 continue
             decision = decide(request.exposure, request.start_ms, request.events, self.times)
             if decision.decided_ms + self.times.lateness > watermark:
@@ -322,7 +343,17 @@ class Join:
             )
         return joined
 
+    def _useless_from(self, feedback: Feedback) -> int:
+        """The watermark from which on no exposure could come that this feedback would count for."""
+        return feedback.time_ms + self.times.horizon + self.times.lateness
+
     def _forget(self, request_id: str) -> None:
-        del self._open[request_id]
+        offset = self._open.pop(request_id).exposure_offset
+        if offset in self._late:
+            self._late.discard(offset)
+            if self.late_changes.get(offset) is None:
+                self.late_changes[offset] = None
+            else:
+                del self.late_changes[offset]  # opened and closed between two commits
         self._exposure_offsets.pop(request_id, None)
         self._feedback_offsets.pop(request_id, None)

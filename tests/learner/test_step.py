@@ -162,8 +162,6 @@ def test_a_gradient_longer_than_the_clip_is_cut(catalogue: Catalogue) -> None:
 
 def test_an_exposure_without_play_pulls_only_the_entropy(catalogue: Catalogue) -> None:
     """Served is not seen: a slot without target beside one with a target adds no likelihood."""
-    leaves = [(int(a), int(b), int(c)) for a, b, c in [(0, 0, 0)]]
-    del leaves
     samples = learnable(catalogue, 2, seed=7)
     trainer = Trainer(random_model(SMALL, CODES, ROWS, seed=4), LearnSettings(entropy=0.0), 1e-9)
     before = trainer.step(assemble(samples, catalogue.valid, SMALL.context, ROWS))

@@ -61,10 +61,11 @@ def verdict(
     starts: list[int] = []
     now = start_ms
     while True:
-        # 1. What happened before the start is taken as happening at the start.
+        # 1. What happened before the start is taken as happening at the start; after leaving, nothing.
+        left = False
         for event in in_order(e for e in events if moment(e, start_ms, rules) == now):
-            if event.kind == "left":
-                leave(slots)
+            left = event.kind == "left"
+            if left:
                 break
             slot = slots.get(event.position)
             if slot is None:
@@ -77,11 +78,12 @@ def verdict(
                 slot.plays.append((now, event.play_ms))
                 if event.kind == "end":
                     slot.final = "ended"
-        else:
-            # 2. A play that has been silent for h is over, once nothing of this millisecond says otherwise.
-            for slot in slots.values():
-                if slot.plays and not slot.final and now >= slot.plays[-1][0] + rules.abandon:
-                    slot.final = "abandoned"
+        # 2. A play that has been silent for h is over; leaving ends the others where they are.
+        for slot in slots.values():
+            if slot.plays and not slot.final and now >= slot.plays[-1][0] + rules.abandon:
+                slot.final = "abandoned"
+            elif left:
+                slot.final = slot.final or "left"
         # 3. Is every position decided, or the deadline reached?
         if all(slot.final for slot in slots.values()):
             return Verdict(now, "decided", {p: found(slot) for p, slot in slots.items()})
@@ -115,12 +117,6 @@ def in_order(events: Iterable[Feedback]) -> list[Feedback]:
         return 5 if event.kind == "left" else 3 + event.withdrawn
 
     return sorted(events, key=lambda event: (event.time_ms, rank(event), event.event))
-
-
-def leave(slots: dict[int, Slot]) -> None:
-    """What began is final where it is, what did not is not seen."""
-    for slot in slots.values():
-        slot.final = slot.final or "left"
 
 
 def act(slot: Slot, event: Feedback) -> None:

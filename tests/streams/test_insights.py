@@ -120,12 +120,12 @@ async def until_published(bootstrap: str, arm: str, requests: int) -> list[Insig
 
 
 class Worker:
-    """`run` in a process of its own; given up for dead after 3 s, so that tests need not wait 6."""
+    """`run` in a process of its own; given up for dead after 2 s, so that tests need not wait 6."""
 
     def __init__(self, bootstrap: str, folder: Path) -> None:
         code = (
             "import sys; from pathlib import Path; from streams import insights; "
-            "from streams.settings import KafkaSettings; insights.SESSION_S = 3.0; "
+            "from streams.settings import KafkaSettings; insights.SESSION_S = 2.0; "
             "insights.run(KafkaSettings(bootstrap=sys.argv[1]), Path(sys.argv[2]), 0)"
         )
         self.log = folder / "worker.log"
