@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/dwell up --demo
 
 test: setup
-	$(BIN)/python -m pytest -m 'not soak'
+	$(BIN)/python -m pytest -m 'not soak' -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

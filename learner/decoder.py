@@ -8,12 +8,12 @@ Report sections "Context processor" and "Lazy decoder block":
 - The k targets of a request share one context and do not see one another.
 Our choices where the report is silent. With few samples the start decides how soon the policy tells persons apart,
 so it starts as a filter by content and learns from there:
-- Code embeddings start from the k-means centroids, all levels through one random projection and at one scale, so
+- Code embeddings start from the k-means centroids, all levels through one random rotation and at one scale, so
   that an item's three embeddings add up to its place; context, input and output share them.
 - logits = head(h), started at zero, + 2 h E^T / sqrt(d_model): h is RMS-normed and |E| about 4, so a code in the
-  direction of h has up to 8 nats; a scale eight times smaller learned half as fast.
-- W_o of the cross attention starts as the identity (what was attended to reaches the logits) and W_q small (all
-  behaviours count alike at first).
+  direction of h has up to 8 nats (at 1 / d_model satisfaction rose .6 times as much in 3,000 requests, one seed).
+- A behaviour's context starts as the sum of its codes' embeddings (and features); W_o of the cross attention starts
+  as the identity, so that what was attended to reaches the logits, and W_q small: all behaviours count alike.
 - Position embeddings count from the newest behaviour.
 
 Legend: B requests, N context positions (T behaviours and the static one), k targets, L levels, P prefix
@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from learner.context import FEATURES, Contexts
 from learner.presets import Preset
 from streams.events import LEVELS
-
 
 _QUERY_START: Final = 0.2
 """Of the usual size: nearly uniform attention at the start."""
@@ -65,6 +64,9 @@ class ContextProcessor(nn.Module):
             nn.RMSNorm(width) for _ in range(preset.l_kv if preset.s_kv == 2 else 0)
         )
         nn.init.zeros_(self.users.weight)
+        sets = preset.l_kv * preset.s_kv
+        with torch.no_grad():
+            self.codes.weight.copy_(torch.eye(width, preset.d_embed).repeat(sets, LEVELS))
 
     def forward(self, contexts: Contexts, embeddings: nn.ParameterList) -> KeyValues:
         """Process a batch of contexts; `embeddings` are the code tables `[K, E]` of the levels."""
@@ -178,10 +180,11 @@ class LazyDecoder(nn.Module):
             nn.init.zeros_(head.bias)
 
     def start_from_centroids(self, centroids: list[NDArray[np.float32]]) -> None:
-        """Code embeddings from the codebooks `[K, X]`: one random projection and one scale for all levels,
+        """Code embeddings from the codebooks `[K, X]`: one random rotation and one scale for all levels,
         first level's mean norm 4, plus .05 noise."""
         with torch.no_grad():
-            projection_XE = torch.randn(centroids[0].shape[1], self.preset.d_embed)
+            width = centroids[0].shape[1]
+            projection_XE = nn.init.orthogonal_(torch.empty(width, self.preset.d_embed))
             projected = [torch.from_numpy(table_KX) @ projection_XE for table_KX in centroids]
             scale = _CODE_NORM / projected[0].norm(dim=1).mean().clamp_min(1e-6)
             for table, projected_KE in zip(self.embeddings, projected, strict=True):

@@ -23,7 +23,7 @@ from streams.events import (
 )
 from streams.intake import Intake
 from streams.join import JoinTimes, decide
-from streams.processor import OffsetNote
+from streams.partition import OffsetNote
 from streams.settings import JoinSettings, KafkaSettings
 from streams.topics import DEAD_LETTERS, EXPOSURES, FEEDBACK, SAMPLES, STREAMS_GROUP
 

@@ -46,6 +46,8 @@ TIMEOUT_S: Final = 5.0
 """An answer that takes longer counts as none."""
 DRAIN_S: Final = 10.0
 """At the end nobody comes anew, and those who watch may go on this long."""
+COUNTS_FILE: Final = "counts.json"
+"""Beside the output: what happened in the last run, from the client's side."""
 FLUSH_S: Final = 2.0
 """At the end the service may take this long to take the last events."""
 
@@ -380,7 +382,9 @@ def run(config: Config, for_s: float | None) -> Counts:
             loop.call_later(for_s, until.set)
         return await simulate(base_url, world, twins, config.simulate, out_path, until)
 
-    return asyncio.run(main())
+    counts = asyncio.run(main())
+    out_path.with_name(COUNTS_FILE).write_bytes(_encoder.encode(counts))
+    return counts
 
 
 async def _first(ends: Sequence[asyncio.Future[Any]]) -> None:

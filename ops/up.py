@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
@@ -27,6 +28,7 @@ from ops.report import live_checks, live_results
 from ops.results import exit_status, print_results, write_results
 from ops.roles import Role, children_cpu_s, write_config
 from ops.served import read_lines
+from ops.simulate import COUNTS_FILE
 from ops.start import PlacedShaping, Start, is_published, publish, write
 from ops.view import View, watch
 
@@ -135,7 +137,11 @@ class _Run:
         settled = account(self._config.kafka, self._config.join)
         lines, _ = read_lines(served)
         span = (started_ms, ended_ms)
-        return live_results(observed, settled, lines, self._config.simulate.items, span)
+        results = live_results(observed, settled, lines, self._config.simulate.items, span)
+        counts = served.with_name(COUNTS_FILE)
+        if counts.exists():
+            results["client"] = msgspec.json.decode(counts.read_bytes())
+        return results
 
     def _first_request(self, served: Path) -> int:
         """When the viewers began: their process needs some seconds to come up."""
