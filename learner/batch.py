@@ -76,3 +76,12 @@ def assemble(samples: list[Sample], valid: ValidIds, context_length: int, user_r
             torch.from_numpy(logp_old_BkL),
         ),
     )
+
+
+def fault(sample: Sample, valid: ValidIds) -> str:
+    """Why `assemble` refuses this sample; empty where it does not."""
+    try:
+        assemble([sample], valid, 1, 1)
+    except (ValueError, LookupError) as error:
+        return str(error)
+    return ""

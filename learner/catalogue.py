@@ -1,6 +1,7 @@
 """The catalogue as a fold over its topic: items, their semantic IDs, and the index of valid IDs.
 
 Catalogue version = offset of the last record applied, so learner, actor and audit that have read as far agree.
+A tombstone counts also where its item is not known: who reads the log after its compaction meets only that.
 """
 
 from learner.valid_ids import ValidIds
@@ -24,20 +25,25 @@ class Catalogue:
         """Apply one record in the order of the log; raises `CatalogueError` and skips what is unusable."""
         item = (key or b"").decode(errors="replace")
         if value is None:
-            if self.items.pop(item, None) is not None:
-                self.valid.delete(offset, item)
-                self.version = offset
+            self.items.pop(item, None)
+            self.valid.delete(offset, item)
+            self.version = offset
             return
         try:
             upsert = decode(upsert_decoder, value)
         except UnreadableError as error:
             raise CatalogueError(f"catalogue offset {offset}, item {item!r}: {error}") from None
-        if upsert.item != item:
+        if not item or upsert.item != item:
             raise CatalogueError(f"catalogue offset {offset}: key {item!r}, item {upsert.item!r}")
         if not all(0 <= code < self.valid.codes for code in upsert.sid):
             raise CatalogueError(
                 f"catalogue offset {offset}, item {item!r}: semantic ID {upsert.sid}, "
                 f"codes allowed 0..{self.valid.codes - 1}"
+            )
+        if not 0 <= upsert.duration_ms < 1 << 32:
+            raise CatalogueError(
+                f"catalogue offset {offset}, item {item!r}: duration_ms {upsert.duration_ms}, "
+                f"allowed 0..2^32-1"
             )
         if self.codebook and upsert.codebook != self.codebook:
             raise CatalogueError(

@@ -62,31 +62,58 @@ def to_bytes(trainer: Trainer, progress: Progress, codebooks: Codebooks) -> byte
 
 def load(path: Path, settings: LearnSettings, lr: float) -> tuple[Trainer, Progress, Codebooks]:
     """The learner as it was; raises `CheckpointError` naming the file."""
+    tensors, note = _read(path)
+    try:
+        progress = msgspec.json.decode(note, type=Progress)
+        model = build(progress.preset, progress.codes, progress.user_rows)
+        model.load_state_dict(_under("model", tensors))
+        trainer = Trainer(model, settings, lr)
+        for prefix, optimiser in _optimisers(trainer):
+            _restore(optimiser, prefix, _under(prefix, tensors))
+        books = {name: value.numpy() for name, value in _under("codebooks", tensors).items()}
+        codebooks = Codebooks.from_tensors(books)
+        if "random_state" not in tensors:
+            raise ValueError("the random state is missing")
+        torch.set_rng_state(tensors["random_state"])
+    except (ValueError, RuntimeError, TypeError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{path}: {_in_one_line(error)}") from None
+    return trainer, progress, codebooks
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, and the note of progress."""
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
-            if meta.get("format") != FORMAT:
+            if meta.get("format") != FORMAT or "progress" not in meta:
                 raise CheckpointError(f"{path}: not a {FORMAT} file")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, meta["progress"]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    progress = msgspec.json.decode(meta["progress"], type=Progress)
-    model = build(progress.preset, progress.codes, progress.user_rows)
-    model.load_state_dict(_under("model", tensors))
-    trainer = Trainer(model, settings, lr)
-    for prefix, optimiser in _optimisers(trainer):
-        state: dict[int, dict[str, Tensor | int]] = {}
-        for name, value in _under(prefix, tensors).items():
-            index, _, key = name.partition(".")
-            # SparseAdam counts steps in a plain integer, AdamW in a tensor
-            plain = prefix == "rows" and key == "step"
-            state.setdefault(int(index), {})[key] = int(value) if plain else value
-        if state:
-            groups = optimiser.state_dict()["param_groups"]
-            optimiser.load_state_dict({"state": state, "param_groups": groups})
-    torch.set_rng_state(tensors["random_state"])
-    books = {name: value.numpy() for name, value in _under("codebooks", tensors).items()}
-    return trainer, progress, Codebooks.from_tensors(books)
+        raise CheckpointError(f"{path}: {_in_one_line(error)}") from None
+
+
+def _restore(optimiser: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
+    """Set an optimiser's moments; torch itself would take any, and fail or go astray in the next step."""
+    parameters = [value for group in optimiser.param_groups for value in group["params"]]
+    state: dict[int, dict[str, Tensor | int]] = {}
+    for name, value in tensors.items():
+        place, _, key = name.partition(".")
+        # SparseAdam counts steps in a plain integer, AdamW in a tensor
+        plain = prefix == "rows" and key == "step"
+        state.setdefault(int(place), {})[key] = int(value) if plain else value
+    for index, values in state.items():
+        if index >= len(parameters) or set(values) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(
+                f"{prefix}.{index} holds {sorted(values)}, which is no optimiser's state"
+            )
+        for key in ("exp_avg", "exp_avg_sq"):
+            found = tuple(torch.as_tensor(values[key]).shape)
+            if found != tuple(parameters[index].shape):
+                raise ValueError(
+                    f"{prefix}.{index}.{key} has shape {found}, its parameter {tuple(parameters[index].shape)}"
+                )
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
 
 
 def fits(path: Path, progress: Progress, policy: PolicySettings) -> None:
@@ -107,3 +134,8 @@ def _optimisers(trainer: Trainer) -> tuple[tuple[str, torch.optim.Optimizer], ..
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     start = prefix + "."
     return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+
+
+def _in_one_line(error: Exception) -> str:
+    line = " ".join(str(error).split())
+    return line if len(line) <= 300 else f"{line[:300]} ..."

@@ -18,7 +18,8 @@ class Polled:
 
     partition: int
     offset: int
-    sample: Sample
+    sample: Sample | None
+    """None for a record that could not be read."""
 
 
 class Journal:
@@ -44,28 +45,35 @@ class Journal:
     def add(self, polled: Polled) -> None:
         """Take a polled sample; its offset must not be below what was taken before."""
         self._waiting.append(polled)
-        self._trainable += polled.sample.arm == LEARNING_ARM
+        self._trainable += _learns(polled)
 
     def cut(self, batch: int) -> list[Sample]:
+        """The samples of `cut_polled`."""
+        return [polled.sample for polled in self.cut_polled(batch) if polled.sample is not None]
+
+    def cut_polled(self, batch: int) -> list[Polled]:
         """The next step's samples: a prefix with at most `batch` of the learning arm; journals it.
 
         Only learning exposures with a target train; the others are accounted for.
         """
         before = dict(self.offsets)
-        chosen: list[Sample] = []
+        chosen: list[Polled] = []
         control = without_target = taken = 0
         while self._waiting and taken < batch:
             polled = self._waiting.popleft()
             self.offsets[polled.partition] = polled.offset + 1
             sample = polled.sample
+            if sample is None:
+                without_target += 1
+                continue
             self.watermark_ms = max(self.watermark_ms, sample.watermark_ms)
-            if sample.arm != LEARNING_ARM:
+            if not _learns(polled):
                 control += 1
                 continue
             self._trainable -= 1
             taken += 1
             if any(item.advantage or item.supervised for item in sample.items):
-                chosen.append(sample)
+                chosen.append(polled)
             else:
                 without_target += 1
         self.entries.append(
@@ -82,7 +90,16 @@ class Journal:
         )
         return chosen
 
+    def set_aside(self, count: int) -> None:
+        """Of those chosen last, `count` turned out to be of no use."""
+        self.entries[-1].trained -= count
+        self.entries[-1].without_target += count
+
     def take_entries(self) -> list[StepEntry]:
         """The entries since the last publication."""
         entries, self.entries = self.entries, []
         return entries
+
+
+def _learns(polled: Polled) -> bool:
+    return polled.sample is not None and polled.sample.arm == LEARNING_ARM

@@ -1,21 +1,33 @@
 """Publishing versions: fenced, whole or absent, numbers only grow.
 
-One transactional id for all learners of a cluster: starting a second one fences the first (Kafka transactions), so
-a learner that lost its place cannot publish. A version's records, and the tombstones of expired ones, are one
-transaction.
+Notable choices
+- One transactional id for all learners of a cluster: starting a second one fences the first (Kafka transactions), so
+  a learner that lost its place cannot publish. A version's records, the tombstones of expired ones, and the dead
+  letters of what its steps could not use are one transaction.
+- A transaction has a time limit, after which its outcome is not known: the producer is replaced by one of the same
+  id, which fences it and ends what it left open, and the log says whether the version is there. (kafka-python 3.0
+  waits for ever in a commit when the broker refuses its connection at that moment.)
 """
 
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from threading import Thread
+from typing import TypeVar
 
 from kafka import KafkaProducer
-from kafka.errors import KafkaError
+from kafka.errors import InvalidProducerEpochError, KafkaError, ProducerFencedError
 
 from learner.checkpoint import Progress
 from learner.decoder import LazyDecoder
 from learner.policy import state_of
 from streams.clients import producer, records
-from streams.events import UnreadableError, decode
-from streams.topics import WEIGHTS_ANCHORS
+from streams.events import DeadLetter, UnreadableError, decode, encode
+from streams.topics import DEAD_LETTERS, WEIGHTS_ANCHORS
 from streams.weights import (
     Commit,
     Manifest,
@@ -27,8 +39,19 @@ from streams.weights import (
     weights_decoder,
 )
 
+log = logging.getLogger("dwell.learner")
+
 TRANSACTIONAL_ID = "dwell-learner"
 MAX_TOMBSTONES = 50  # expired versions a publication, so that none of them takes long
+TRANSACTION_S = 10.0  # and more for a large one; the broker would end it after a minute
+SLOWEST_BYTES_PER_S = 20e6
+OPEN_S = 20
+PATIENCE_S = 60.0
+RECONNECT_MS = 1000  # the client would come to wait half a minute between attempts
+
+T = TypeVar("T")
+_Record = tuple[str, bytes | None, bytes | None]
+"""Topic, key, value; all topics written here have one partition."""
 
 
 class PublicationError(RuntimeError):
@@ -45,31 +68,23 @@ class Publisher:
     """The one learner that may publish; opening it fences all others."""
 
     def __init__(self, bootstrap: str, horizon_s: float) -> None:
+        """Raises `PublicationError` when Kafka does not answer or the log cannot be understood."""
+        self._bootstrap = bootstrap
         self._horizon_ms = round(horizon_s * 1000)
-        self._producer: KafkaProducer = producer(
-            bootstrap, transactional_id=TRANSACTIONAL_ID, max_request_size=1 << 20, linger_ms=0
-        )
-        self._producer.init_transactions()
         self._kept: dict[int, _Kept] = {}
+        self._read_upto = 0
+        self._producer: KafkaProducer | None = None
         self.last: Manifest | None = None
-        self._read_back(bootstrap)
-
-    def _read_back(self, bootstrap: str) -> None:
-        """The committed versions in the log; `last` is the newest."""
-        manifests: dict[int, Manifest] = {}
-        for record in records(bootstrap, WEIGHTS_ANCHORS):
-            if record.value is None:
-                self._kept.pop(int((record.key or b"0").partition(b"/")[0]), None)
-                continue
-            try:
-                part = decode(weights_decoder, record.value)
-            except UnreadableError as error:
-                raise PublicationError(f"weights.anchors offset {record.offset}: {error}") from None
-            if isinstance(part, Manifest):
-                manifests[part.version] = part
-            elif isinstance(part, Commit) and part.version in manifests:
-                self.last = manifests[part.version]
-                self._kept[part.version] = _Kept(self.last.created_ms, record_keys(self.last))
+        try:
+            self._open()
+        except KafkaError as error:
+            self.close()
+            raise PublicationError(
+                f"Kafka at {bootstrap} does not let this learner publish: {_why(error)}"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
 
     def publish(
         self,
@@ -79,10 +94,12 @@ class Publisher:
         journal: list[StepEntry],
         now_ms: int,
         named: set[int],
+        letters: Sequence[DeadLetter] = (),
     ) -> Manifest:
         """Publish `model` as `progress.version`; versions in `named` never expire.
 
-        Raises `PublicationError` when the weights are not finite or this learner has been fenced.
+        Raises `PublicationError` when the weights are not finite, this learner has been fenced, or Kafka refuses
+        or has not answered for `PATIENCE_S`.
         """
         state = state_of(model)
         for name, tensor in state.items():
@@ -103,30 +120,152 @@ class Publisher:
             watermark_ms=progress.watermark_ms,
             created_ms=now_ms,
         )
-        parts = pack(manifest, state)
+        parts: list[_Record] = [
+            (WEIGHTS_ANCHORS, key.encode(), value) for key, value in pack(manifest, state)
+        ]
         expired = [
             version
             for version, kept in self._kept.items()
             if version not in named and kept.created_ms < now_ms - self._horizon_ms
         ][:MAX_TOMBSTONES]
-        try:
-            self._producer.begin_transaction()
-            for key, value in parts:
-                self._producer.send(WEIGHTS_ANCHORS, value, key.encode(), partition=0)
-            for version in expired:
-                for key in self._kept[version].keys:
-                    self._producer.send(WEIGHTS_ANCHORS, None, key.encode(), partition=0)
-            self._producer.commit_transaction()
-        except KafkaError as error:
-            raise PublicationError(
-                f"version {progress.version} was not published: {error!r}"
-            ) from error
+        parts += [
+            (WEIGHTS_ANCHORS, key.encode(), None)
+            for version in expired
+            for key in self._kept[version].keys
+        ]
+        parts += [(DEAD_LETTERS, letter.key, encode(letter)) for letter in letters]
+        self._commit(manifest, parts)
         for version in expired:
-            del self._kept[version]
+            self._kept.pop(version, None)
         self._kept[manifest.version] = _Kept(now_ms, record_keys(manifest))
         self.last = manifest
         return manifest
 
-    def close(self) -> None:
+    def close(self, patience_s: float = 5) -> None:
         """Leave; an open transaction is aborted by whoever comes next."""
-        self._producer.close(timeout=5)
+        if self._producer is not None:
+            client, self._producer = self._producer, None
+            with suppress(KafkaError):
+                client.close(timeout=patience_s)
+
+    def _open(self) -> None:
+        """Fence whoever published until now, and read what is committed."""
+        self._producer = _fencing(self._bootstrap)
+        self._read_back()
+
+    def _read_back(self) -> None:
+        """The committed versions that were not read yet; `last` is the newest of all."""
+        begun: dict[int, Manifest] = {}
+        for record in records(self._bootstrap, WEIGHTS_ANCHORS, first=self._read_upto):
+            self._read_upto = record.offset + 1
+            if record.value is None:
+                number, _, _ = (record.key or b"").partition(b"/")
+                if number.isdigit():
+                    self._kept.pop(int(number), None)
+                continue
+            try:
+                part = decode(weights_decoder, record.value)
+            except UnreadableError as error:
+                where = f"weights.anchors offset {record.offset}"
+                if error.reason == "unknown_major":  # a later release's, and its number counts
+                    raise PublicationError(f"{where}: {error}") from None
+                log.warning("%s skipped: %s", where, error)
+                continue
+            if isinstance(part, Manifest):
+                begun[part.version] = part
+            elif isinstance(part, Commit) and part.version in begun:
+                self.last = begun.pop(part.version)
+                self._kept[part.version] = _Kept(self.last.created_ms, record_keys(self.last))
+
+    def _commit(self, manifest: Manifest, parts: list[_Record]) -> None:
+        """One transaction, tried again until its outcome is known."""
+        before = self.last.version if self.last else 0
+        limit_s = TRANSACTION_S + manifest.size_bytes / SLOWEST_BYTES_PER_S
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                if self._producer is None:
+                    self._open()
+                    if self.last is not None and self.last.version > before:
+                        if _same(self.last, manifest):
+                            return  # it had been committed after all
+                        raise ProducerFencedError
+                assert self._producer is not None
+                self._read_upto = _within(limit_s, partial(_transaction, self._producer, parts))
+                return
+            except ProducerFencedError:
+                raise PublicationError(
+                    f"version {manifest.version} was not published: another learner has started on this "
+                    "cluster and taken over; there can be one at a time"
+                ) from None
+            except (KafkaError, TimeoutError) as error:
+                self.close(0)
+                passing = isinstance(error, TimeoutError) or error.retriable
+                if not passing or time.monotonic() > give_up:
+                    raise PublicationError(
+                        f"version {manifest.version} was not published: {_why(error)}"
+                    ) from None
+                log.warning("version %d: %s; trying again", manifest.version, _why(error))
+                time.sleep(0.2)
+
+
+def _same(one: Manifest, other: Manifest) -> bool:
+    return (one.version, one.digest, one.journal) == (other.version, other.digest, other.journal)
+
+
+def _fencing(bootstrap: str) -> KafkaProducer:
+    """A producer that has taken the place of all before it."""
+    client: KafkaProducer = producer(
+        bootstrap,
+        transactional_id=TRANSACTIONAL_ID,
+        max_request_size=1 << 20,
+        linger_ms=0,
+        max_block_ms=OPEN_S * 1000,
+        bootstrap_timeout_ms=OPEN_S * 1000,
+        reconnect_backoff_max_ms=RECONNECT_MS,
+    )
+    try:
+        client.init_transactions()
+    except BaseException:
+        client.close(timeout=0)
+        raise
+    return client
+
+
+def _transaction(client: KafkaProducer, parts: list[_Record]) -> int:
+    """Write `parts` in one transaction; returns the offset after the last of `weights.anchors`."""
+    sent = []
+    try:
+        client.begin_transaction()
+        for topic, key, value in parts:
+            sent.append(client.send(topic, value, key, partition=0))
+        client.commit_transaction()
+        written = [future.get(timeout=1) for future in sent]
+        return max(int(each.offset) for each in written if each.topic == WEIGHTS_ANCHORS) + 1
+    except KafkaError as error:
+        causes = [error, *(future.exception for future in sent)]
+        fences = (ProducerFencedError, InvalidProducerEpochError)
+        if any(isinstance(cause, fences) or "ProducerFenced" in str(cause) for cause in causes):
+            raise ProducerFencedError from None
+        raise
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """Do `work` in a thread; raises `TimeoutError` after `seconds` and leaves it to itself."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=run, name="publication", daemon=True).start()
+    return answer.result(timeout=seconds)
+
+
+def _why(error: BaseException) -> str:
+    line = " ".join(str(error).split())
+    return line or (
+        "it does not answer" if isinstance(error, TimeoutError) else type(error).__name__
+    )

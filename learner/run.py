@@ -5,31 +5,34 @@ Notable choices (contract of the policy, "Versions")
 - Checkpoint n is on disk before version n's transaction. A start fences, reads the last committed version, loads
   its checkpoint (a later one is discarded) and goes on at last + 1, from the offsets in the checkpoint.
 - Every sample is accounted for in a journal entry, the control arm's too; nothing is discarded for being stale.
+- A sample that cannot be learned from counts as without target and becomes a dead letter, in the transaction of
+  the version whose journal accounts for it.
 """
 
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from kafka import KafkaConsumer, TopicPartition
-from kafka.consumer.fetcher import ConsumerRecord
+from kafka.errors import KafkaError
 from prometheus_client import Counter, Gauge, Histogram
 
-from learner.batch import assemble
-from learner.catalogue import Catalogue, CatalogueError
+from learner.batch import assemble, fault
+from learner.catalogue import Catalogue
 from learner.checkpoint import Progress, fits, load, to_bytes
 from learner.journal import Journal, Polled
+from learner.policy import state_of
 from learner.publication import Publisher
 from learner.settings import LearnSettings, PolicySettings
+from learner.source import Source, SourceError
 from learner.step import StepMetrics, Trainer
 from storage.checkpoints import Checkpoints
-from streams.clients import consumer
-from streams.control import ControlState
-from streams.events import Sample, command_decoder, decode, sample_decoder
+from streams.events import Sample
 from streams.settings import KafkaSettings
-from streams.topics import CATALOGUE, CONTROL, SAMPLES
+from streams.weights import Manifest, digest_of
 
 log = logging.getLogger("dwell.learner")
 
@@ -48,8 +51,6 @@ LAG = Histogram(
 )
 TERMS = Gauge("dwell_learner_step", "Terms and figures of the last update", ["what"])
 
-POLL_MS = 50
-
 
 class LearnerError(RuntimeError):
     """The learner cannot go on; the message says what would help."""
@@ -65,128 +66,149 @@ class Learner:
         self._policy = policy
         self._learn = learn
         self._checkpoints = Checkpoints(data_dir / "learner" / "checkpoints")
-        self._control = ControlState()
+        self._publisher: Publisher | None = None
+        self._source: Source | None = None
         torch.set_num_threads(policy.threads)
 
     def start(self, start_from: Path | None) -> None:
         """Fence, restore and, in a new lineage, publish version 1 from `start_from`.
 
-        Raises `LearnerError` or `CheckpointError` when there is nothing to start from.
+        Raises `LearnerError`, `PublicationError` or `CheckpointError` when there is nothing to start from.
         """
-        self._publisher = Publisher(self._kafka.bootstrap, self._learn.weights_horizon_s)
-        last = self._publisher.last
+        with self._or_leaves():
+            self._publisher = Publisher(self._kafka.bootstrap, self._learn.weights_horizon_s)
+            last = self._publisher.last
+            self._restore(last, start_from)
+            self._journal = Journal(self.progress.offsets)
+            self._journal.watermark_ms = self.progress.watermark_ms
+            self._source = Source(self._kafka, self._journal, self.progress.codes)
+            self._source.open(self._codebooks.digest())
+            if last is None:
+                self.progress.version = 0
+                self._publish(self._source)
+        VERSION.set(self.progress.version)
+        log.info("at version %d, lineage %s", self.progress.version, self.progress.lineage)
+
+    def run(self, stop: threading.Event) -> None:
+        """Learn and publish until `stop`; what was learned but not published is learned again.
+
+        Raises `LearnerError` or `PublicationError` when it cannot go on, and has left the cluster then.
+        """
+        source = self._source
+        if source is None:
+            raise RuntimeError("the learner has not been started")
+        first_waiting: float | None = None
+        published = time.monotonic()
+        with self._or_leaves():
+            while not stop.is_set():
+                source.poll()
+                now = time.monotonic()
+                if self._journal.waiting and first_waiting is None:
+                    first_waiting = now
+                overdue = (
+                    first_waiting is not None and now - first_waiting >= self._learn.batch_wait_s
+                )
+                if self._journal.trainable >= self._learn.batch or overdue:
+                    self._step(source, self._journal.cut_polled(self._learn.batch))
+                    first_waiting = now if self._journal.waiting else None
+                if self._journal.entries and now - published >= self._learn.publish_every_s:
+                    self._publish(source)
+                    published = time.monotonic()
+
+    def close(self) -> None:
+        """Leave the cluster; may be repeated."""
+        if self._source is not None:
+            self._source.close()
+        if self._publisher is not None:
+            self._publisher.close()
+
+    @contextmanager
+    def _or_leaves(self) -> Iterator[None]:
+        """Leave the cluster on any error; Kafka's become sentences."""
+        try:
+            yield
+        except BaseException as error:
+            self.close()
+            if isinstance(error, KafkaError):
+                why = " ".join(str(error).split()) or type(error).__name__
+                raise LearnerError(f"Kafka at {self._kafka.bootstrap}: {why}") from None
+            if isinstance(error, SourceError):
+                raise LearnerError(str(error)) from None
+            raise
+
+    def _restore(self, last: Manifest | None, start_from: Path | None) -> None:
+        """Weights, optimisers, random state and offsets of the last version, or of the start."""
         if last is None:
-            if start_from is None:
-                raise LearnerError("there is no version yet: name a checkpoint to start from")
-            path, version = start_from, 0
+            path = self._checked_start(start_from)
         else:
-            version = last.version
-            path = self._checkpoints.path(version)
-            self._checkpoints.discard_after(version)
+            path = self._checkpoints.path(last.version)
+            self._checkpoints.discard_after(last.version)
             if not path.exists():
                 raise LearnerError(
-                    f"version {version} is published but its checkpoint {path} is missing: restore "
+                    f"version {last.version} is published but its checkpoint {path} is missing: restore "
                     "it, or start a new lineage in an empty data directory"
                 )
         self.trainer, self.progress, self._codebooks = load(path, self._learn, self._learn.lr)
         fits(path, self.progress, self._policy)
-        self._catalogue = Catalogue(self.progress.codes)
-        self._journal = Journal(self.progress.offsets)
-        self._journal.watermark_ms = self.progress.watermark_ms
-        self._consumer = self._open_consumer()
-        if last is None:
-            self.progress.version = 0
-            self._publish()
-        VERSION.set(self.progress.version)
-        log.info("at version %d, lineage %s", self.progress.version, self.progress.lineage)
+        if last is not None and digest_of(state_of(self.trainer.model)) != last.digest:
+            raise LearnerError(
+                f"{path} does not hold version {last.version} as it was published: restore the right file, "
+                "or start a new lineage in an empty data directory"
+            )
 
-    def _open_consumer(self) -> KafkaConsumer:
-        client = consumer(self._kafka.bootstrap, max_poll_records=2000)
-        samples = [TopicPartition(SAMPLES, number) for number in range(self._kafka.partitions)]
-        logs = [TopicPartition(CATALOGUE, 0), TopicPartition(CONTROL, 0)]
-        client.assign([*samples, *logs])
-        for place, first in client.beginning_offsets([*samples, *logs]).items():
-            taken = self._journal.offsets.get(place.partition, 0) if place in samples else 0
-            if place in samples and taken < first:
-                raise LearnerError(
-                    f"samples partition {place.partition}: offset {taken} is next, but the log begins "
-                    f"at {first}: retention deleted samples before they were learned"
-                )
-            client.seek(place, max(first, taken))
-        return client
+    def _checked_start(self, start_from: Path | None) -> Path:
+        if start_from is None:
+            raise LearnerError("there is no version yet: name a checkpoint to start from")
+        newest = max(self._checkpoints.versions(), default=0)
+        if newest > 1:  # 1 may be left by a start that was cut short
+            raise LearnerError(
+                f"there are checkpoints up to version {newest}, but no version in the topic `weights.anchors`: "
+                "it was deleted, or the data directory is another cluster's; use an empty data directory"
+            )
+        return start_from
 
-    def run(self, stop: threading.Event) -> None:
-        """Learn and publish until `stop`; what was learned but not published is learned again."""
-        first_waiting: float | None = None
-        published = time.monotonic()
-        while not stop.is_set():
-            for batch in self._consumer.poll(timeout_ms=POLL_MS).values():
-                for record in batch:
-                    self._take(record)
-            now = time.monotonic()
-            if self._journal.waiting and first_waiting is None:
-                first_waiting = now
-            overdue = first_waiting is not None and now - first_waiting >= self._learn.batch_wait_s
-            if self._journal.trainable >= self._learn.batch or overdue:
-                self._step(self._journal.cut(self._learn.batch))
-                first_waiting = now if self._journal.waiting else None
-            if self._journal.entries and now - published >= self._learn.publish_every_s:
-                self._publish()
-                published = time.monotonic()
-
-    def close(self) -> None:
-        """Leave the cluster."""
-        self._consumer.close()
-        self._publisher.close()
-
-    def _take(self, record: ConsumerRecord) -> None:
-        if record.topic == SAMPLES:
-            sample = decode(sample_decoder, record.value)
-            self._journal.add(Polled(record.partition, record.offset, sample))
-        elif record.topic == CONTROL:
-            self._control.apply(decode(command_decoder, record.value))
-        else:
-            try:
-                self._catalogue.take(record.offset, record.key, record.value)
-            except CatalogueError as error:
-                log.warning("%s", error)
-
-    def _step(self, samples: list[Sample]) -> None:
+    def _step(self, source: Source, chosen: list[Polled]) -> None:
+        samples = [polled.sample for polled in chosen if polled.sample is not None]
+        if samples:
+            source.catch_up(max(sample.catalogue_version for sample in samples))
+            with STEP_SECONDS.time():
+                samples = self._train(source, chosen, samples)
         entry = self._journal.entries[-1]
         for disposition in ("trained", "control", "without_target"):
             TAKEN.labels(disposition).inc(getattr(entry, disposition))
         if not samples:
             return
-        self._catch_up(max(sample.catalogue_version for sample in samples))
-        with STEP_SECONDS.time():
-            metrics = train(self.trainer, samples, self._catalogue)
         self.progress.steps += 1
         STEPS.inc()
         for sample in samples:
             STALENESS.observe(self.progress.version - sample.policy_version)
+
+    def _train(self, source: Source, chosen: list[Polled], samples: list[Sample]) -> list[Sample]:
+        """One update on what can be learned from; the rest (imports may hold anything) become dead letters."""
+        try:
+            metrics = train(self.trainer, samples, source.catalogue)
+        except (ValueError, LookupError):  # raised before anything has changed
+            faults = [fault(sample, source.catalogue.valid) for sample in samples]
+            if not any(faults):
+                raise
+            for polled, why in zip(chosen, faults, strict=True):
+                if why:
+                    source.bury(polled, why)
+            samples = [sample for sample, why in zip(samples, faults, strict=True) if not why]
+            self._journal.set_aside(len(chosen) - len(samples))
+            metrics = train(self.trainer, samples, source.catalogue) if samples else None
         if metrics is not None:
             for what in StepMetrics.__dataclass_fields__:
                 TERMS.labels(what).set(getattr(metrics, what))
+        return samples
 
-    def _catch_up(self, version: int) -> None:
-        """The catalogue as far as the samples' actors had read it."""
-        deadline = time.monotonic() + 30
-        while self._catalogue.version < version:
-            for batch in self._consumer.poll(timeout_ms=POLL_MS).values():
-                for record in batch:
-                    self._take(record)
-            if time.monotonic() > deadline:
-                raise LearnerError(
-                    f"samples name catalogue version {version}, the topic `catalogue` ends at "
-                    f"{self._catalogue.version}: it was written by another cluster, or deleted"
-                )
-
-    def _publish(self) -> None:
+    def _publish(self, source: Source) -> None:
+        assert self._publisher is not None
         with PUBLISH_SECONDS.time():
             self.progress.version += 1
             self.progress.offsets = dict(self._journal.offsets)
             self.progress.watermark_ms = self._journal.watermark_ms
-            self.progress.catalogue_version = self._catalogue.version
+            self.progress.catalogue_version = source.catalogue.version
             content = to_bytes(self.trainer, self.progress, self._codebooks)
             self._checkpoints.write(self.progress.version, content)
             manifest = self._publisher.publish(
@@ -195,7 +217,8 @@ class Learner:
                 self._codebooks.digest(),
                 self._journal.take_entries(),
                 int(time.time() * 1000),
-                set(self._control.pinned.values()),
+                set(source.control.pinned.values()),
+                source.take_letters(),
             )
             self._checkpoints.prune(self._learn.keep_checkpoints)
         VERSION.set(manifest.version)
@@ -208,14 +231,3 @@ def train(trainer: Trainer, samples: list[Sample], catalogue: Catalogue) -> Step
     preset = trainer.model.preset
     batch = assemble(samples, catalogue.valid, preset.context, trainer.model.user_rows)
     return trainer.step(batch)
-
-
-def initial_progress(policy: PolicySettings, lineage: str) -> Progress:
-    """Where a new lineage stands."""
-    return Progress(
-        version=0,
-        lineage=lineage,
-        preset=policy.preset,
-        codes=policy.codes,
-        user_rows=policy.user_rows,
-    )

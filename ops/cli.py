@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,7 +81,9 @@ class Common:
         bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")
     ] = False
 
-    def load(self, named: Mapping[str, object] | None = None, demo: bool = False) -> Config:
+    def load(
+        self, named: Mapping[str, object] | None = None, demo: bool = False, log: bool = False
+    ) -> Config:
         """The configuration from all sources; ends the program if it was only to be printed.
 
         `named` gives the values of a command's own flags by `section.key`; None is not given.
@@ -96,7 +98,7 @@ class Common:
             section, key = name.split(".")
             if value is not None:
                 flags.append(Given(f"--{key.replace('_', '-')}", section, key, value))
-        loaded = load(self.config, os.environ, self.set or (), flags, demo)
+        loaded = load(self.config, os.environ, self.set or (), flags, demo, log)
         if self.dry_run:
             typer.echo(resolved(loaded), nl=False)
             raise typer.Exit
@@ -213,13 +215,20 @@ def streams(common: Common, metrics_port: MetricsPort = 0) -> None:
     config = common.load_with_kafka()
     import asyncio
 
+    from ops.admin import ensure_topics
+    from storage.kv import StoreError
     from streams.processor import run
+    from streams.readback import StreamsError
 
+    ensure_topics(config.kafka.bootstrap, config.kafka)
     _serve_metrics(metrics_port)
     state_dir = Path(config.storage.data_dir) / "streams"
     partitions = list(range(config.kafka.partitions))
     work = run(config.kafka, config.join, config.shape, config.streams, state_dir, partitions)
-    asyncio.run(_until_stopped(work))
+    try:
+        asyncio.run(_until_stopped(work))
+    except (StreamsError, StoreError) as error:
+        raise UserError(f"{error}.") from None
 
 
 @command
@@ -279,25 +288,42 @@ def replay(
         int,
         typer.Option(min=0, help="Requests between waits for the learner to catch up; 0: none."),
     ] = 1024,
+    limit: Annotated[
+        int | None, typer.Option(metavar="ROWS", min=1, help="Read only the log's first rows.")
+    ] = None,
     json: JsonFile = None,
     start_from: StartFrom = None,
 ) -> None:
     """Stream a real feed log through the live loop, testing before training."""
-    config = common.load()
+    config = common.load(log=True)
+    if common.data_dir is None:  # a log lives in its own time: never among live events
+        folder = str(Path(config.storage.data_dir) / "replay")
+        config = replace(config, storage=replace(config.storage, data_dir=folder))
     _require_writable(json)
     from ops.replay import run
 
-    raise typer.Exit(run(config, directory, speed, barrier, json, start_from))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    raise typer.Exit(run(config, directory, speed, barrier, limit, json, start_from))
 
 
 @command
-def pretrain(common: Common, directory: LogDir, json: JsonFile = None) -> None:
+def pretrain(
+    common: Common,
+    directory: LogDir,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where the start goes; `pretrained` in the data directory."
+        ),
+    ] = None,
+    json: JsonFile = None,
+) -> None:
     """Warm a policy up on the watch history that precedes a feed log."""
-    config = common.load()
+    config = common.load(log=True)
     _require_writable(json)
     from ops.pretrain import run
 
-    raise typer.Exit(run(config, directory, json))
+    raise typer.Exit(run(config, directory, out, json))
 
 
 @command

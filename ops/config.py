@@ -1,7 +1,7 @@
 """The configuration: the settings of all packages in one typed whole, read from every source.
 
 Notable choices:
-- Later sources override earlier ones: defaults, the demonstration's profile, the TOML file, the
+- Later sources override earlier ones: defaults, the command's profile, the TOML file, the
   environment (`DWELL_JOIN_WINDOW_S=20`), `--set join.window_s=20`, named flags.
 - What a key means is the line of documentation under its field, what it allows is the field's
   annotation (ops/kinds.py); both live in the settings classes, so nothing is said twice.
@@ -37,6 +37,17 @@ DEMO = {
     "join.lateness_s": 2.0,
 }
 """The demonstration's profile, in wall seconds: its viewers wait less between their events."""
+
+LOG = {
+    "policy.codes": 128,
+    "pretrain.steps": 2000,
+    "learn.lr": 1e-3,
+    "learn.supervised": 1.0,
+    "learn.entropy": 0.02,
+    "learn.batch_wait_s": 0.2,
+    "learn.publish_every_s": 0.2,
+}
+"""The profile of a real log (`pretrain`, `replay`), chosen before the days it is scored on; see docs/replay.md."""
 
 _AT_MOST = (
     ("join.window_s", "join.cap_s"),
@@ -85,7 +96,7 @@ class Loaded:
 
 def demo(config: Config) -> Config:
     """The demonstration's profile over a configuration."""
-    return _apply(config, _from_profile()).config
+    return _apply(config, _from_profile("demo", DEMO)).config
 
 
 def parse(text: str, source: str = str(DEFAULT_FILE)) -> Config:
@@ -102,13 +113,15 @@ def load(
     sets: Sequence[str] = (),
     flags: Sequence[Given] = (),
     demo: bool = False,
+    log: bool = False,
 ) -> Loaded:
     """The configuration from all sources; each overrides the ones before.
 
     `file` None means `dwell.toml` of the working directory where there is one; `sets` are texts
     `section.key=value`. Raises `UserError` naming source, key, value and what is allowed.
     """
-    given = list(_from_profile()) if demo else []
+    given = list(_from_profile("demo", DEMO)) if demo else []
+    given += _from_profile("log", LOG) if log else []
     if file is not None or DEFAULT_FILE.is_file():
         path = file or DEFAULT_FILE
         given += _from_toml(_read(path), str(path))
@@ -151,10 +164,10 @@ def _apply(config: Config, given: Iterable[Given]) -> Loaded:
     return Loaded(config, origins)
 
 
-def _from_profile() -> Iterator[Given]:
-    for name, value in DEMO.items():
+def _from_profile(profile: str, values: Mapping[str, object]) -> Iterator[Given]:
+    for name, value in values.items():
         section, key = name.split(".")
-        yield Given("demo profile", section, key, value)
+        yield Given(f"{profile} profile", section, key, value)
 
 
 def _from_toml(text: str, source: str) -> Iterator[Given]:

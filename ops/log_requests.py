@@ -20,6 +20,8 @@ from learner.context import pack_behaviours
 from ops.feedlog import Event, events
 from streams.control import LEARNING_ARM
 from streams.events import Exposure, Feedback, ShownItem
+from streams.join import JoinTimes, decide
+from streams.settings import JoinSettings
 
 
 @dataclass
@@ -27,15 +29,11 @@ class Block:
     """Some requests, and all that happened until the last of them."""
 
     rows: list[int] = field(default_factory=list)
+    """Rows of the log, one a request."""
     users: list[str] = field(default_factory=list)
     contexts: list[bytes] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[Exposure | Feedback] = field(default_factory=list)
     """In event-time order; after the log's last row, all that was left."""
-
-    @property
-    def end_ms(self) -> int:
-        """The log time reached."""
-        return self.events[-1][0]
 
 
 class Requests:
@@ -58,40 +56,47 @@ class Requests:
         self._catalogue = catalogue
         self._context = context
 
-    def take(self, most: int) -> Block:
-        """The next `most` requests; one without requests holds what followed the last of them."""
+    def take(self, most: int, policy_version: int) -> Block:
+        """The next `most` requests, as served under a version; one without requests is the log's end."""
         block = Block()
         for event in self._events:
-            block.events.append(event)
-            time_ms, kind, row, _ = event
-            if kind != "exposure":
-                self._users.feedback(self.feedback(event), self._duration_ms[row])
+            row = event[2]
+            if event[1] != "exposure":
+                feedback = self._feedback(event)
+                self._users.feedback(feedback, self._duration_ms[row])
+                block.events.append(feedback)
                 continue
+            exposure = self._exposure(event[0], row, policy_version)
             block.rows.append(row)
-            block.users.append(self._user[row])
-            block.contexts.append(self._seen(self._user[row], time_ms))
+            block.users.append(exposure.user)
+            block.contexts.append(exposure.context)
+            block.events.append(exposure)
             if len(block.rows) == most:
                 break
         return block
 
-    def exposure(self, time_ms: int, row: int, context: bytes, policy_version: int) -> Exposure:
+    def _exposure(self, time_ms: int, row: int, policy_version: int) -> Exposure:
         """A row as a request that another system answered."""
-        item = self._item[row]
+        user, item = self._user[row], self._item[row]
+        items = self._catalogue.items
+        known = self._users.behaviours(user, self._context)
         return Exposure(
             request=f"log-{row}",
-            user=self._user[row],
+            user=user,
             time_ms=time_ms,
             arm=LEARNING_ARM,
             policy_version=policy_version,
             catalogue_version=self._catalogue.version,
             decode_mode="other",
             temperature=1.0,
-            context=context,
+            context=pack_behaviours(
+                ((one, items[one.item].sid) for one in known if one.item in items), time_ms
+            ),
             excluded=b"",
             items=[
                 ShownItem(
                     item=item,
-                    sid=self._catalogue.items[item].sid,
+                    sid=items[item].sid,
                     position=0,
                     duration_ms=self._duration_ms[row],
                     source="other",
@@ -99,11 +104,10 @@ class Requests:
             ],
         )
 
-    def feedback(self, event: Event) -> Feedback:
+    def _feedback(self, event: Event) -> Feedback:
         """What the viewer of a row did."""
         time_ms, kind, row, play_ms = event
-        if kind == "exposure":
-            raise ValueError(f"row {row}: an exposure is no feedback")
+        assert kind != "exposure"
         return Feedback(
             event=f"{row}-{kind}-{play_ms}",
             user=self._user[row],
@@ -115,9 +119,31 @@ class Requests:
             play_ms=play_ms,
         )
 
-    def _seen(self, user: str, now_ms: int) -> bytes:
-        items = self._catalogue.items
-        known = self._users.behaviours(user, self._context)
-        return pack_behaviours(
-            ((one, items[one.item].sid) for one in known if one.item in items), now_ms
-        )
+
+class Due:
+    """How many requests the join must have closed at a watermark, by its own rule over the events sent."""
+
+    def __init__(self, join: JoinSettings) -> None:
+        self.closed = 0
+        self._times = JoinTimes.of(join)
+        self._open: dict[str, tuple[Exposure, list[Feedback]]] = {}
+
+    def take(self, event: Exposure | Feedback) -> None:
+        """An event, in event-time order; feedback to a request that closed before changes nothing."""
+        if isinstance(event, Exposure):
+            self._open[event.request] = (event, [])
+        elif event.request in self._open:
+            self._open[event.request][1].append(event)
+
+    def at(self, watermark_ms: int) -> int:
+        """Requests closed so far, once the join's watermark stands there."""
+        for request, (exposure, feedback) in list(self._open.items()):
+            decision = decide(exposure, exposure.time_ms, feedback, self._times)
+            if decision.decided_ms + self._times.lateness <= watermark_ms:
+                del self._open[request]
+                self.closed += 1
+        return self.closed
+
+    def deadline_ms(self, time_ms: int) -> int:
+        """A log time at which every request exposed until `time_ms` has closed."""
+        return time_ms + self._times.cap + self._times.lateness + 1

@@ -32,9 +32,7 @@ class Ranker:
         """`number` is how items are called in ranked lists; -1 stands for one without a number."""
         self.tree: Tree = catalogue.valid.tree(catalogue.version)
         self._leaves: Keys = self.tree.leaves()
-        members = [
-            catalogue.valid.members(key, catalogue.version) for key in self._leaves.tolist()
-        ]
+        members = [catalogue.valid.members(key, catalogue.version) for key in self._leaves.tolist()]
         self._first = np.cumsum([0, *map(len, members)])
         self._item = np.array(
             [number.get(item, -1) for leaf in members for item in leaf], dtype=np.int64

@@ -13,6 +13,10 @@ from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict, Writ
 _MIB = 1 << 20
 
 
+class StoreError(RuntimeError):
+    """A store cannot be opened or written; the message says which and why in one sentence."""
+
+
 class Kv(Protocol):
     """What the stream state needs of a store; a batch is applied whole or not at all."""
 
@@ -23,17 +27,21 @@ class Kv(Protocol):
         """Put all pairs, delete the keys whose value is None."""
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """All pairs whose key starts with `prefix`, in key order."""
+        """All pairs whose key starts with `prefix`, in key order, as of the first one's reading."""
 
     def close(self) -> None:
         """Release the store."""
 
 
 class RocksKv:
-    """A `Kv` in a folder; one process at a time (rocksdb's own lock refuses a second)."""
+    """A `Kv` in a folder; one process at a time (rocksdb's own lock refuses a second).
+
+    Raises `StoreError` when the folder cannot be used. A batch survives the death of the process, not that of
+    the machine: who needs more reads back what was lost from elsewhere, as the streams do.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        self._path = path
         blocks = BlockBasedOptions()
         blocks.set_block_cache(Cache(8 * _MIB))
         options = Options(raw_mode=True)
@@ -42,7 +50,12 @@ class RocksKv:
         options.set_block_based_table_factory(blocks)
         options.set_keep_log_file_num(2)
         options.set_max_background_jobs(2)
-        self._db = Rdict(str(path), options, access_type=AccessType.read_write())
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._db = Rdict(str(path), options, access_type=AccessType.read_write())
+        except Exception as error:  # rocksdict has no class of its own
+            reason = "another process uses it" if "lock" in str(error).lower() else str(error)
+            raise StoreError(f"the store {path} cannot be opened: {reason}") from None
 
     def get(self, key: bytes) -> bytes | None:
         """The value, or None."""
@@ -57,7 +70,10 @@ class RocksKv:
                 writes.delete(key)
             else:
                 writes.put(key, value)
-        self._db.write(writes)
+        try:
+            self._db.write(writes)
+        except Exception as error:
+            raise StoreError(f"the store {self._path} cannot be written: {error}") from None
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """All pairs whose key starts with `prefix`, in key order."""
@@ -92,8 +108,7 @@ class MemoryKv:
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """All pairs whose key starts with `prefix`, in key order."""
-        for key in sorted(key for key in self._pairs if key.startswith(prefix)):
-            yield key, self._pairs[key]
+        yield from sorted(pair for pair in self._pairs.items() if pair[0].startswith(prefix))
 
     def close(self) -> None:
         """Nothing to release."""

@@ -4,6 +4,7 @@ Roll-back and pin are desired state, not messages: whoever folds the log knows w
 without the learner (contract of the policy, "Versions").
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -23,14 +24,25 @@ class ControlState:
     pinned: dict[str, int] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
 
-    def apply(self, command: Command) -> None:
-        """Take one command, in the order of the log."""
-        if command.action == "pin":
-            self.pinned[command.arm] = command.version
-        elif command.action == "follow":
-            self.pinned.pop(command.arm, None)
-        else:
+    def apply(self, command: Command) -> bool:
+        """Take one command, in the order of the log; one that makes no sense changes nothing and is False."""
+        if command.action == "shares":
+            if not _can_be_shares(command.shares):
+                return False
             self.shares = dict(command.shares)
+        elif not command.arm or (command.action == "pin" and command.version < 1):
+            return False
+        elif command.action == "pin":
+            self.pinned[command.arm] = command.version
+        else:
+            self.pinned.pop(command.arm, None)
+        return True
+
+
+def _can_be_shares(shares: Mapping[str, float]) -> bool:
+    return bool(shares) and all(
+        arm and "/" not in arm and 0 < share < math.inf for arm, share in shares.items()
+    )
 
 
 def stable_hash(text: str, salt: bytes) -> int:

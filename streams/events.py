@@ -213,7 +213,15 @@ class QuantileShaping(msgspec.Struct, tag_field="type", tag="quantile", kw_only=
     weight: float
 
 
-Shaping = UserShaping | BucketShaping | QuantileShaping
+class LateStart(msgspec.Struct, tag_field="type", tag="late", kw_only=True):
+    """Changelog of an open request whose exposure came late: from when it counts. Deleted when it closes."""
+
+    v: str = VERSION
+    offset: int
+    start_ms: int
+
+
+Shaping = UserShaping | BucketShaping | QuantileShaping | LateStart
 
 
 class Upsert(msgspec.Struct, tag_field="type", tag="upsert", kw_only=True):
@@ -302,6 +310,9 @@ command_decoder: Final = msgspec.msgpack.Decoder(Command)
 insight_decoder: Final = msgspec.msgpack.Decoder(Insight)
 dead_letter_decoder: Final = msgspec.msgpack.Decoder(DeadLetter)
 
+_NOT_DECODED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises: text that is not UTF-8 and endless nesting have errors of their own."""
+
 T = TypeVar("T")
 
 
@@ -316,7 +327,7 @@ def decode(decoder: msgspec.msgpack.Decoder[T], value: bytes | None) -> T:
         raise UnreadableError("empty", "the record has no value")
     try:
         event: Any = decoder.decode(value)
-    except msgspec.DecodeError as error:
+    except _NOT_DECODED as error:
         raise UnreadableError(_why(value), str(error)) from None
     if event.v.partition(".")[0] != MAJOR:
         raise UnreadableError("unknown_major", f"version {event.v}, this reader knows {MAJOR}.x")
@@ -327,7 +338,7 @@ def _why(value: bytes) -> str:
     """A record of a newer major may well not fit our structs: say that, not `malformed`."""
     try:
         version = _header.decode(value).v
-    except msgspec.DecodeError:
+    except _NOT_DECODED:
         return "malformed"
     return "unknown_major" if version and version.partition(".")[0] != MAJOR else "malformed"
 

@@ -1,9 +1,11 @@
 """From a Kafka record to an event that the join may trust; everything else is a dead letter with a reason.
 
-All checks are decidable from the log alone (value, key, partition, record timestamp), so an audit comes to the
-same verdict.
+All checks are decidable from the log alone (value, partition, record timestamp), so an audit comes to the same
+verdict. What passes cannot stop anything behind it: its sample fits into a record, its numbers are finite, its ids
+are of bounded length.
 """
 
+import math
 from functools import lru_cache
 
 from aiokafka.partitioner import murmur2
@@ -13,6 +15,7 @@ from streams.events import (
     LEVELS,
     Exposure,
     Feedback,
+    ShownItem,
     Tick,
     UnreadableError,
     decode,
@@ -20,7 +23,13 @@ from streams.events import (
     feedback_decoder,
 )
 
+MAX_EVENT_BYTES = 250_000
+"""Longer records are refused: a sample, which holds its exposure, must stay below Kafka's 1 MB."""
 MAX_ITEMS = 1000
+MAX_ID = 256
+"""Characters of an id."""
+MAX_LOGP = 1e-3
+"""A log-probability may be above 0 by what float32 rounds, not more."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -39,18 +48,22 @@ class Intake:
 
     def exposure(self, value: bytes | None, record_ms: int) -> Exposure | Tick:
         """Read one record of `exposures`; raises `UnreadableError`."""
+        _fits(value)
         event = decode(exposure_decoder, value)
         self._time(event.time_ms, record_ms)
         if isinstance(event, Exposure):
+            _ids(request=event.request, user=event.user, arm=event.arm)
             self._place(event.user)
             _shape_of(event)
         return event
 
     def feedback(self, value: bytes | None, record_ms: int) -> Feedback | Tick:
         """Read one record of `feedback`; raises `UnreadableError`."""
+        _fits(value)
         event = decode(feedback_decoder, value)
         self._time(event.time_ms, record_ms)
         if isinstance(event, Feedback):
+            _ids(event=event.event, request=event.request, user=event.user)
             self._place(event.user)
             if not 0 <= event.play_ms < 1 << 32:
                 raise UnreadableError("bad_value", f"play_ms is {event.play_ms}, allowed 0..2^32-1")
@@ -73,6 +86,19 @@ class Intake:
             )
 
 
+def _fits(value: bytes | None) -> None:
+    if value is not None and len(value) > MAX_EVENT_BYTES:
+        raise UnreadableError("too_large", f"{len(value)} bytes, allowed {MAX_EVENT_BYTES}")
+
+
+def _ids(**ids: str) -> None:
+    for name, text in ids.items():
+        if not 0 < len(text) <= MAX_ID:
+            raise UnreadableError(
+                "bad_value", f"{name} has {len(text)} characters, allowed 1..{MAX_ID}"
+            )
+
+
 def _shape_of(exposure: Exposure) -> None:
     """What the structs cannot say about an exposure."""
     items = exposure.items
@@ -81,13 +107,10 @@ def _shape_of(exposure: Exposure) -> None:
     if len({item.position for item in items}) != len(items):
         raise UnreadableError("bad_value", "two items share a position")
     for item in items:
-        if item.position < 0 or not 0 <= item.duration_ms < 1 << 32:
-            raise UnreadableError("bad_value", f"position or duration_ms of item {item.item!r}")
-        if item.source == "policy" and item.logp_levels is None:
-            raise UnreadableError(
-                "bad_value", f"item {item.item!r} of the policy lacks logp_levels"
-            )
-    if not exposure.temperature > 0:
+        _item(item)
+    if "/" in exposure.arm:
+        raise UnreadableError("bad_value", f"arm is {exposure.arm!r}, allowed is a name without /")
+    if not 0 < exposure.temperature < math.inf:
         raise UnreadableError("bad_value", f"temperature is {exposure.temperature}, allowed > 0")
     if len(exposure.context) % BEHAVIOUR.itemsize:
         raise UnreadableError(
@@ -95,3 +118,22 @@ def _shape_of(exposure: Exposure) -> None:
         )
     if len(exposure.excluded) % (2 * LEVELS):
         raise UnreadableError("bad_value", "excluded is not whole semantic IDs")
+
+
+def _item(item: ShownItem) -> None:
+    _ids(item=item.item)
+    where = f"of item {item.item!r}"
+    if item.position < 0:
+        raise UnreadableError("bad_value", f"position {where} is {item.position}, allowed >= 0")
+    if not 0 <= item.duration_ms < 1 << 32:
+        raise UnreadableError(
+            "bad_value", f"duration_ms {where} is {item.duration_ms}, allowed 0..2^32-1"
+        )
+    if not all(0 <= code < 1 << 16 for code in item.sid):
+        raise UnreadableError("bad_value", f"sid {where} is {item.sid}, allowed 0..65535 each")
+    logp = item.logp_levels
+    if logp is None:
+        if item.source == "policy":
+            raise UnreadableError("bad_value", f"logp_levels {where} of the policy is missing")
+    elif not all(-math.inf < level <= MAX_LOGP for level in logp):
+        raise UnreadableError("bad_value", f"logp_levels {where} is {logp}, allowed is finite <= 0")

@@ -114,14 +114,7 @@ def decide(exposure: Exposure, start_ms: int, events: list[Feedback], times: Joi
     left_ms: int | None = None
     decided: int | None = None if shown else start_ms
     for event in sorted(
-        events,
-        key=lambda e: (
-            max(e.time_ms, start_ms),
-            e.time_ms,
-            _RANK.get(e.kind, 3),
-            e.withdrawn,
-            e.event,
-        ),
+        events, key=lambda e: (e.time_ms, _RANK.get(e.kind, 3), e.withdrawn, e.event)
     ):
         at = max(event.time_ms, start_ms)
         if at > end or (decided is not None and at > decided):
@@ -324,8 +317,11 @@ class Join:
                     self.counts["orphans"] += len(request.events)
                 continue
             decision = decide(request.exposure, request.start_ms, request.events, self.times)
-            if decision.decided_ms + self.times.lateness > watermark:
-                self._push(request_id, request, decision.decided_ms + self.times.lateness)
+            due_ms = decision.decided_ms + self.times.lateness
+            if (
+                due_ms > check_ms
+            ):  # also if due by now: requests close in the order of their decisions
+                self._push(request_id, request, due_ms)
                 continue
             self._forget(request_id)
             self.closed[request_id] = request.exposure.time_ms

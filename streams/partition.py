@@ -1,16 +1,37 @@
 """One partition of the streams as a pure core: join, then shape, then the users' histories.
 
 The transactional shell (streams/processor.py) and the serial runner feed it the same way; what a batch brought
-about is taken with `take`.
+about is taken with `take`. After a restart the shell reads the inputs from the offsets that the last
+`OffsetNote` calls needed up to those committed, hands exposures to `reopen` and then feedback to `join.feed`, and
+calls `resume`.
 """
 
 from dataclasses import dataclass, field
 
-from streams.events import Behaviour, Exposure, Feedback, History, Sample, Shaping
+import msgspec
+
+from streams.events import (
+    Behaviour,
+    Exposure,
+    Feedback,
+    History,
+    LateStart,
+    Sample,
+    Shaping,
+)
 from streams.join import Join, Joined
 from streams.settings import JoinSettings, ShapeSettings, StreamsSettings
 from streams.shape import Shape
 from streams.state import PartitionState
+
+
+class OffsetNote(msgspec.Struct):
+    """What the committed offsets do not say; rides in their metadata."""
+
+    exposures_ms: int
+    feedback_ms: int
+    need_exposures: int
+    need_feedback: int
 
 
 @dataclass
@@ -20,11 +41,13 @@ class Output:
     samples: list[Sample] = field(default_factory=list)
     histories: list[History] = field(default_factory=list)
     shaping: list[Shaping] = field(default_factory=list)
+    late_closed: list[int] = field(default_factory=list)
+    """Offsets of exposures that came late and whose start is no longer needed."""
 
     @property
     def empty(self) -> bool:
-        """Whether there is anything to commit but offsets."""
-        return not (self.samples or self.histories or self.shaping)
+        """Whether there is nothing to commit but offsets."""
+        return not (self.samples or self.histories or self.shaping or self.late_closed)
 
 
 class Partition:
@@ -43,6 +66,7 @@ class Partition:
         self._state = state
         self._samples: list[Sample] = []
         self._histories: dict[str, History] = {}
+        self._late_starts = state.late_starts()
         for population in state.populations():
             self.shape.restore(population)
 
@@ -60,10 +84,48 @@ class Partition:
 
     def take(self) -> Output:
         """What came of the input since the last call; the caller commits it before going on."""
-        output = Output(self._samples, list(self._histories.values()), self.shape.take_changes())
+        late = self.join.late_changes
+        opened = [
+            LateStart(offset=offset, start_ms=start)
+            for offset, start in late.items()
+            if start is not None
+        ]
+        output = Output(
+            self._samples,
+            list(self._histories.values()),
+            [*self.shape.take_changes(), *opened],
+            [offset for offset, start in late.items() if start is None],
+        )
         self._samples, self._histories = [], {}
         self.join.closed.clear()
+        late.clear()
         return output
+
+    def note(self, exposures_upto: int, feedback_upto: int) -> OffsetNote:
+        """What to commit beside the offsets of the next records to be read."""
+        need_exposures, need_feedback = self.join.needed(exposures_upto, feedback_upto)
+        return OffsetNote(
+            exposures_ms=self.join.exposures_ms,
+            feedback_ms=self.join.feedback_ms,
+            need_exposures=need_exposures,
+            need_feedback=need_feedback,
+        )
+
+    def reopen(self, exposure: Exposure, offset: int, note: OffsetNote) -> None:
+        """Take a needed exposure again; nothing closes until `resume`."""
+        late_ms = self._late_starts.get(offset)
+        horizon_ms = min(note.exposures_ms, note.feedback_ms) - self.join.times.horizon
+        if late_ms is None and exposure.time_ms < horizon_ms:
+            return  # it was too late, or its id has been forgotten since: an open one is younger
+        self.join.reopen(exposure, offset, late_ms)
+
+    def resume(self, note: OffsetNote, feedback_upto: int) -> None:
+        """All that was needed has been taken: go on where the note was written."""
+        self._late_starts.clear()
+        self.join.exposures_ms = note.exposures_ms
+        self.join.feedback_ms = note.feedback_ms
+        self.join.feedback_upto = feedback_upto
+        self.join.counts.clear()
 
     def admit(self, joined: list[Joined]) -> None:
         """Requests that are decided: by this join, or before the loop began (a log to start from)."""
@@ -95,5 +157,5 @@ class Partition:
         return History(
             user=sample.user,
             behaviours=behaviours[-self._settings.history_behaviours :],
-            shown=shown[-self._settings.history_shown :],
+            shown=shown[max(0, len(shown) - self._settings.history_shown) :],
         )

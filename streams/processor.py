@@ -4,32 +4,34 @@ Notable choices (contract of the streams, "Exactly once comes from Kafka transac
 - One task and one transactional id per input partition. Starting the producer fences a predecessor and ends its
   open transaction; only then are committed offsets read, state caught up and open requests rebuilt.
 - One transaction a batch holds samples, histories, the shaping changelog, dead letters and the input offsets;
-  both watermarks and the offsets still needed by open requests ride in the offset metadata.
+  both watermarks and the offsets still needed by open requests ride in the offset metadata. Starts of late
+  exposures are in the changelog: thousands of them, when a spool drains, do not fit beside an offset.
 - Local state is written after the commit. Whatever fails in between is undone by starting the partition over.
+- The two inputs of a batch are merged by record timestamp, each in its own order: nothing depends on it but how
+  soon a request closes.
 - Idle inputs get ticks from here (wall clock minus a grace), written outside the transaction like any event.
 """
 
 import asyncio
+import heapq
 import logging
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError, ProducerFenced
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 from prometheus_client import Counter, Gauge, Histogram
 
 from storage.kv import RocksKv
 from streams.events import DeadLetter, Tick, UnreadableError, encode
-from streams.intake import Intake
-from streams.join import NEVER
-from streams.partition import Output, Partition
+from streams.intake import MAX_EVENT_BYTES, Intake
+from streams.partition import OffsetNote, Output, Partition
+from streams.readback import OwnershipLostError, StreamsError, gap, read_to_end, standing
 from streams.settings import JoinSettings, KafkaSettings, ShapeSettings, StreamsSettings
-from streams.state import CHANGELOGS, LogRecord, PartitionState, shaping_key
+from streams.state import CHANGELOGS, LogRecord, PartitionState, late_key, shaping_key
 from streams.topics import (
     DEAD_LETTERS,
     EXPOSURES,
@@ -52,18 +54,6 @@ COMMIT_SECONDS = Histogram("dwell_streams_commit_seconds", "Transaction, first s
 
 COMMIT_IDLE_S = 1.0
 TICK_EVERY_S = 0.25
-MAX_LATE_STARTS = 64
-
-
-class OffsetNote(msgspec.Struct):
-    """Rides in the metadata of the committed exposures offset (4 KiB at most)."""
-
-    exposures_ms: int
-    feedback_ms: int
-    need_exposures: int
-    need_feedback: int
-    late_starts: dict[int, int] = {}
-    other_late_start: int = NEVER
 
 
 class PartitionProcessor:
@@ -90,12 +80,15 @@ class PartitionProcessor:
         self._counted: dict[str, int] = {}
 
     async def run(self, ticker: AIOKafkaProducer) -> None:
-        """Process until cancelled; starts over after a Kafka error, gives up when fenced."""
+        """Process until cancelled; starts over after a Kafka error, raises `StreamsError` if that cannot help."""
         while True:
             try:
                 await self._own(ticker)
-            except (ProducerFenced, OffsetOutOfRangeError):
-                raise
+            except ProducerFenced:
+                raise OwnershipLostError(
+                    f"partition {self._number} was taken over by another streams process, or this one "
+                    "stood still for longer than a transaction may last; it ends"
+                ) from None
             except (KafkaError, OSError) as error:
                 log.warning("partition %d starts over: %r", self._number, error)
                 await asyncio.sleep(0.5)
@@ -104,13 +97,12 @@ class PartitionProcessor:
         state = PartitionState(RocksKv(self._state_dir / f"p{self._number}"))
         producer = AIOKafkaProducer(
             bootstrap_servers=self._kafka.bootstrap,
-            transactional_id=f"dwell-streams-{self._number}",
+            transactional_id=transactional_id(self._number),
             linger_ms=0,
             max_batch_size=1 << 19,
         )
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self._kafka.bootstrap,
-            group_id=STREAMS_GROUP,
             enable_auto_commit=False,
             auto_offset_reset="none",
             isolation_level="read_committed",
@@ -123,6 +115,7 @@ class PartitionProcessor:
             consumer.assign([self._exposures, self._feedback])
             await self._catch_up(state)
             core = Partition(self._join, self._shape, self._streams, state)
+            self._counted.clear()
             await self._rebuild(core, consumer)
             log.info("partition %d: %d open requests", self._number, core.join.open)
             await self._loop(core, state, consumer, producer, ticker)
@@ -134,61 +127,48 @@ class PartitionProcessor:
         """Bring local state to the end of its changelogs."""
         for topic in CHANGELOGS:
             place = TopicPartition(topic, self._number)
-            async for records in read_to_end(self._kafka.bootstrap, place, state.position(topic)):
-                state.apply(
-                    LogRecord(topic, record.offset, record.value)
-                    for record in records
-                    if record.value is not None
-                )
+            try:
+                async for records in read_to_end(
+                    self._kafka.bootstrap, place, state.position(topic)
+                ):
+                    state.apply(
+                        LogRecord(topic, record.offset, record.value, record.key or b"")
+                        for record in records
+                    )
+            except UnreadableError as error:
+                raise StreamsError(f"{topic} partition {self._number}: {error}") from None
 
     async def _rebuild(self, core: Partition, consumer: AIOKafkaConsumer) -> None:
         """Replay what open requests still need, then stand at the committed offsets."""
-        committed = await consumer.committed(self._exposures)
+        bootstrap = self._kafka.bootstrap
+        places = [self._exposures, self._feedback]
+        committed = await standing(bootstrap, self._number)
+        begins = await consumer.beginning_offsets(places)
         if committed is None:
-            for place in (self._exposures, self._feedback):
-                consumer.seek(place, (await consumer.beginning_offsets([place]))[place])
+            for place in places:
+                consumer.seek(place, begins[place])
             return
-        upto = {
-            self._exposures: committed,
-            self._feedback: await consumer.committed(self._feedback),
-        }
-        note = msgspec.json.decode(await self._metadata(), type=OffsetNote)
-        needed = {self._exposures: note.need_exposures, self._feedback: note.need_feedback}
-        for place, first in needed.items():
-            if first < upto[place]:
-                async for records in read_to_end(self._kafka.bootstrap, place, first, upto[place]):
+        note = committed.note
+        for place, first, upto in (
+            (self._exposures, note.need_exposures, committed.exposures),
+            (self._feedback, note.need_feedback, committed.feedback),
+        ):
+            if upto < begins[place]:
+                raise gap(place, upto, begins[place])
+            if first < upto:
+                async for records in read_to_end(bootstrap, place, first, upto):
                     for record in records:
                         self._replay(core, record, note)
-            core.join.exposures_ms = NEVER  # else feedback, replayed next, would close requests
-            consumer.seek(place, upto[place])
-        core.join.exposures_ms = note.exposures_ms
-        core.join.feedback_ms = note.feedback_ms
-        core.join.feedback_upto = upto[self._feedback]
-        core.join.counts.clear()
-
-    async def _metadata(self) -> str:
-        """The note beside the committed exposures offset (the consumer gives offsets only)."""
-        admin = AIOKafkaAdminClient(bootstrap_servers=self._kafka.bootstrap)
-        await admin.start()
-        try:
-            offsets = await admin.list_consumer_group_offsets(
-                STREAMS_GROUP, partitions=[self._exposures]
-            )
-            return str(offsets[self._exposures].metadata)
-        finally:
-            await admin.close()
+            consumer.seek(place, upto)
+        core.resume(note, committed.feedback)
 
     def _replay(self, core: Partition, record: ConsumerRecord, note: OffsetNote) -> None:
-        """Take a record a second time: it only fills open requests, since nothing closes at NEVER."""
+        """Take a record a second time: it only fills open requests."""
         try:
             if record.topic == EXPOSURES:
                 exposure = self._intake.exposure(record.value, record.timestamp)
-                start = note.late_starts.get(record.offset, note.other_late_start)
-                horizon = min(note.exposures_ms, note.feedback_ms) - core.join.times.horizon
-                if isinstance(exposure, Tick) or (start == NEVER and exposure.time_ms < horizon):
-                    return  # what was too late then was not opened then
-                start = max(exposure.time_ms, start)
-                core.join.expose(exposure, record.offset, record.timestamp, start)
+                if not isinstance(exposure, Tick):
+                    core.reopen(exposure, record.offset, note)
             else:
                 feedback = self._intake.feedback(record.value, record.timestamp)
                 if not isinstance(feedback, Tick):
@@ -209,14 +189,10 @@ class PartitionProcessor:
         ticked = 0.0
         moved = False
         while True:
-            batches = await consumer.getmany(timeout_ms=self._streams.batch_ms)
-            records = sorted(
-                (record for batch in batches.values() for record in batch),
-                key=lambda record: (record.timestamp, record.topic, record.offset),
-            )
-            for record in records:
+            batches = await self._poll(consumer)
+            moved = moved or any(batches)
+            for record in heapq.merge(*batches, key=lambda record: record.timestamp):
                 self._take(core, record, dead)
-            moved = moved or bool(records)
             output = core.take()
             now = time.monotonic()
             if not output.empty or dead or (moved and now - committed > COMMIT_IDLE_S):
@@ -225,10 +201,20 @@ class PartitionProcessor:
                 dead = []
                 committed, moved = now, False
                 self._instruments(core, output)
-            if self._streams.tick and now - ticked > TICK_EVERY_S:
+            if now - ticked > TICK_EVERY_S:
                 ticked = now
-                await self._tick(core, ticker)
                 state.forget_closed(core.join.watermark_ms - core.join.times.horizon)
+                if self._streams.tick:
+                    await self._tick(core, ticker)
+
+    async def _poll(self, consumer: AIOKafkaConsumer) -> list[list[ConsumerRecord]]:
+        """The next records of exposures and of feedback."""
+        try:
+            batches = await consumer.getmany(timeout_ms=self._streams.batch_ms)
+        except OffsetOutOfRangeError as error:
+            ((place, needed),) = error.args[0].items()
+            raise gap(place, needed, (await consumer.beginning_offsets([place]))[place]) from None
+        return [batches.get(place, []) for place in (self._exposures, self._feedback)]
 
     def _take(self, core: Partition, record: ConsumerRecord, dead: list[DeadLetter]) -> None:
         """One record into the core; what cannot be used becomes a dead letter."""
@@ -257,8 +243,8 @@ class PartitionProcessor:
                     topic=record.topic,
                     partition=record.partition,
                     offset=record.offset,
-                    key=record.key,
-                    value=record.value or b"",
+                    key=record.key and record.key[:MAX_EVENT_BYTES],
+                    value=(record.value or b"")[:MAX_EVENT_BYTES],
                 )
             )
         EVENTS.labels(record.topic).inc()
@@ -274,11 +260,11 @@ class PartitionProcessor:
     ) -> None:
         """Everything this batch brought about, in one transaction; local state afterwards."""
         await producer.begin_transaction()
-        sent: list[tuple[str, bytes, Any]] = []
+        sent: list[tuple[str, bytes, bytes | None, Any]] = []
 
-        async def send(topic: str, key: str, value: bytes) -> None:
+        async def send(topic: str, key: str, value: bytes | None) -> None:
             future = await producer.send(topic, value, key.encode(), partition=self._number)
-            sent.append((topic, value, future))
+            sent.append((topic, key.encode(), value, future))
 
         for sample in output.samples:
             await send(SAMPLES, sample.user, encode(sample))
@@ -286,11 +272,13 @@ class PartitionProcessor:
             await send(HISTORIES, history.user, encode(history))
         for shaping in output.shaping:
             await send(SHAPING, shaping_key(shaping), encode(shaping))
+        for offset in output.late_closed:
+            await send(SHAPING, late_key(offset), None)
         for letter in dead:
             await producer.send(DEAD_LETTERS, encode(letter), letter.key)
         exposures_upto = await consumer.position(self._exposures)
         feedback_upto = await consumer.position(self._feedback)
-        note = self._note(core, exposures_upto, feedback_upto)
+        note = msgspec.json.encode(core.note(exposures_upto, feedback_upto)).decode()
         await producer.send_offsets_to_transaction(
             {
                 self._exposures: OffsetAndMetadata(exposures_upto, note),
@@ -300,22 +288,9 @@ class PartitionProcessor:
         )
         await producer.commit_transaction()
         state.apply(
-            LogRecord(topic, future.result().offset, value) for topic, value, future in sent
+            LogRecord(topic, future.result().offset, value, key)
+            for topic, key, value, future in sent
         )
-
-    def _note(self, core: Partition, exposures_upto: int, feedback_upto: int) -> str:
-        need_exposures, need_feedback = core.join.needed(exposures_upto, feedback_upto)
-        late = sorted(core.join.late_starts().items())
-        kept, others = late[:MAX_LATE_STARTS], late[MAX_LATE_STARTS:]
-        note = OffsetNote(
-            exposures_ms=core.join.exposures_ms,
-            feedback_ms=core.join.feedback_ms,
-            need_exposures=need_exposures,
-            need_feedback=need_feedback,
-            late_starts=dict(kept),
-            other_late_start=max((start for _, start in others), default=NEVER),
-        )
-        return msgspec.json.encode(note).decode()
 
     async def _tick(self, core: Partition, ticker: AIOKafkaProducer) -> None:
         """Move inputs that have nothing to say; the grace allows for what is being written."""
@@ -339,29 +314,9 @@ class PartitionProcessor:
             CENSORED.labels(sample.arm).inc(censored)
 
 
-async def read_to_end(
-    bootstrap: str, place: TopicPartition, first: int, upto: int | None = None
-) -> AsyncIterator[list[ConsumerRecord]]:
-    """Committed records of one partition from `first` to `upto` (default: the present end)."""
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap,
-        enable_auto_commit=False,
-        auto_offset_reset="none",
-        isolation_level="read_committed",
-        max_partition_fetch_bytes=16 << 20,
-    )
-    await consumer.start()
-    try:
-        consumer.assign([place])
-        end = upto if upto is not None else (await consumer.end_offsets([place]))[place]
-        start = max(first, (await consumer.beginning_offsets([place]))[place])
-        consumer.seek(place, start)
-        while await consumer.position(place) < end:
-            batches = await consumer.getmany(timeout_ms=200)
-            records = [record for batch in batches.values() for record in batch]
-            yield [record for record in records if record.offset < end]
-    finally:
-        await consumer.stop()
+def transactional_id(partition: int) -> str:
+    """Who owns a partition: starting a producer with this id ends its predecessor's ownership."""
+    return f"dwell-streams-{partition}"
 
 
 async def run(
@@ -372,7 +327,11 @@ async def run(
     state_dir: Path,
     partitions: list[int],
 ) -> None:
-    """Process `partitions` until cancelled; raises `ProducerFenced` when another worker took one over."""
+    """Process `partitions` until cancelled.
+
+    Raises `OwnershipLostError` when another process took a partition over, another `StreamsError` when its logs
+    cannot be gone on with, `StoreError` when its local state cannot be opened.
+    """
     ticker = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=0)
     await ticker.start()
     try:
@@ -380,5 +339,7 @@ async def run(
             for partition in partitions:
                 processor = PartitionProcessor(partition, kafka, join, shape, streams, state_dir)
                 group.create_task(processor.run(ticker))
+    except* Exception as failed:
+        raise failed.exceptions[0] from None
     finally:
         await ticker.stop()

@@ -16,6 +16,7 @@ bins of percentiles.
 """
 
 import math
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -95,8 +96,8 @@ class Population:
         if not counts:
             return 0.5, 0.0
         mine = play_bin(play_ms)
-        total = math.fsum(counts.values())
-        less = math.fsum(count for bin_, count in counts.items() if bin_ < mine)
+        total = sum(counts.values())  # whole numbers: exact in any order
+        less = sum(count for bin_, count in counts.items() if bin_ < mine)
         return (less + 0.5 * counts.get(mine, 0.0)) / total, total
 
 
@@ -254,5 +255,5 @@ class Shape:
         self._changed_buckets.add((arm, item.bucket))
         self._changed_arms.add(arm)
         history = plays.setdefault(item.bucket, [])
-        history.append((position.last_ms, item.play_ms))
+        insort(history, (position.last_ms, item.play_ms))
         del history[: -self.settings.plays_per_bucket]

@@ -1,4 +1,4 @@
-"""What one partition remembers beyond its open requests, on local disk, as of a position in the log.
+"""What one partition remembers beyond its open requests' events, on local disk, as of a position in the log.
 
 Three changelogs carry it: `shaping`, `histories` and, for the ids of closed requests, `samples` itself. The same
 `apply` takes a record after its transaction has committed and when the log is read back after a crash, so an
@@ -12,6 +12,7 @@ from storage.kv import Kv
 from streams.events import (
     BucketShaping,
     History,
+    LateStart,
     QuantileShaping,
     Shaping,
     UserShaping,
@@ -24,14 +25,16 @@ from streams.shape import UserPlays
 from streams.topics import HISTORIES, SAMPLES, SHAPING
 
 CHANGELOGS = (SHAPING, HISTORIES, SAMPLES)
+_PREFIX = {SHAPING: b"s", HISTORIES: b"h", SAMPLES: b"c"}
 
 
 class LogRecord(NamedTuple):
-    """A committed record of a changelog."""
+    """A committed record of a changelog; without a value it deletes what stands under its key."""
 
     topic: str
     offset: int
-    value: bytes
+    value: bytes | None
+    key: bytes = b""
 
 
 def shaping_key(state: Shaping) -> str:
@@ -40,7 +43,14 @@ def shaping_key(state: Shaping) -> str:
         return f"user/{state.arm}/{state.user}"
     if isinstance(state, BucketShaping):
         return f"bucket/{state.arm}/{state.bucket}"
+    if isinstance(state, LateStart):
+        return late_key(state.offset)
     return f"quantile/{state.arm}"
+
+
+def late_key(offset: int) -> str:
+    """Compaction key of the start of a late exposure."""
+    return f"late/{offset}"
 
 
 class PartitionState:
@@ -58,7 +68,9 @@ class PartitionState:
         """Take committed records, with their positions, in one atomic batch."""
         batch: dict[bytes, bytes | None] = {}
         for record in records:
-            if record.topic == SHAPING:
+            if record.value is None:
+                batch[_PREFIX[record.topic] + record.key] = None
+            elif record.topic == SHAPING:
                 state = decode(shaping_decoder, record.value)
                 batch[b"s" + shaping_key(state).encode()] = record.value
             elif record.topic == HISTORIES:
@@ -85,6 +97,15 @@ class PartitionState:
                 state = decode(shaping_decoder, value)
                 assert isinstance(state, BucketShaping | QuantileShaping)
                 yield state
+
+    def late_starts(self) -> dict[int, int]:
+        """Start by exposure offset of the open requests that came late."""
+        found = {}
+        for _, value in self._kv.scan(b"slate/"):
+            state = decode(shaping_decoder, value)
+            assert isinstance(state, LateStart)
+            found[state.offset] = state.start_ms
+        return found
 
     def history(self, user: str) -> History | None:
         """A user's committed history."""

@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from streams.events import VERSION, UnreadableError, decode, encode
@@ -110,7 +111,7 @@ def digest_of(state: State) -> str:
     """BLAKE2b over names, types, shapes and values, in the order of the names."""
     digest = blake2b(digest_size=16)
     for name in sorted(state):
-        value = np.ascontiguousarray(state[name])
+        value = state[name]
         digest.update(f"{name}:{value.dtype}:{value.shape};".encode())
         digest.update(value.tobytes())
     return digest.hexdigest()
@@ -129,7 +130,7 @@ def record_keys(manifest: Manifest) -> list[str]:
 
 def pack(manifest: Manifest, state: State) -> list[tuple[str, bytes]]:
     """Key and value of each record of a version; sets the manifest's size and number of chunks."""
-    content = save({name: np.ascontiguousarray(value) for name, value in state.items()})
+    content = save({name: np.asarray(value, order="C") for name, value in state.items()})
     pieces = [content[at : at + CHUNK_BYTES] for at in range(0, len(content), CHUNK_BYTES)]
     manifest.size_bytes, manifest.chunks = len(content), len(pieces)
     version = manifest.version
@@ -150,6 +151,7 @@ class Assembler:
     """Puts versions together from the records of the topic, in order.
 
     `take` returns the manifest and the state's bytes at a version's commit, unchecked: `verified_state` checks.
+    A version that cannot be put together is one error; what is left of it is passed over.
     """
 
     def __init__(self) -> None:
@@ -157,42 +159,62 @@ class Assembler:
         self._pieces: list[bytes] = []
 
     def take(self, value: bytes | None) -> tuple[Manifest, bytes] | None:
-        """Take one record's value (a tombstone is None); raises `WeightError` for a version out of order."""
+        """Take one record's value (a tombstone is None).
+
+        Raises `WeightError` when the record cannot be read, or cannot stand where it does.
+        """
         if value is None:
             return None
         try:
             record = decode(weights_decoder, value)
         except UnreadableError as error:
+            self._manifest = None
             raise WeightError(str(error)) from None
         if isinstance(record, Manifest):
             self._manifest, self._pieces = record, []
             return None
         manifest = self._manifest
-        if manifest is None or record.version != manifest.version:
-            return None  # the rest of a version whose beginning was deleted
+        if manifest is None:
+            return None  # the rest of a version that was refused, or whose beginning was deleted
+        wrong = self._misplaced(manifest, record)
+        if wrong:
+            self._manifest = None
+            raise WeightError(f"version {manifest.version}: {wrong}")
         if isinstance(record, Chunk):
-            if record.index != len(self._pieces):
-                raise WeightError(f"version {manifest.version}: chunk {record.index} out of order")
             self._pieces.append(record.data)
             return None
-        content = b"".join(self._pieces)
-        self._manifest, self._pieces = None, []
-        if len(content) != manifest.size_bytes:
-            raise WeightError(
-                f"version {manifest.version}: {len(content)} bytes, the manifest says {manifest.size_bytes}"
-            )
-        return manifest, content
+        self._manifest = None
+        return manifest, b"".join(self._pieces)
+
+    def _misplaced(self, manifest: Manifest, record: Chunk | Commit) -> str:
+        """Why a record cannot come now, or nothing."""
+        if record.version != manifest.version:
+            return f"a record of version {record.version} stands among its own"
+        count = len(self._pieces)
+        if isinstance(record, Chunk):
+            fits = record.index == count
+            return "" if fits else f"chunk {record.index} where chunk {count} should be"
+        if count != manifest.chunks:
+            return f"{count} of {manifest.chunks} chunks"
+        size = sum(len(piece) for piece in self._pieces)
+        fits = size == manifest.size_bytes
+        return "" if fits else f"{size} bytes, the manifest says {manifest.size_bytes}"
 
 
 def verified_state(manifest: Manifest, content: bytes) -> State:
-    """The state of a version; raises `WeightError` when schema or digest differ from the manifest."""
-    state: State = load(content)
-    schema = schema_of(state)
-    if schema != manifest.schema:
-        ours = {tensor.name for tensor in manifest.schema} ^ {tensor.name for tensor in schema}
-        raise WeightError(
-            f"version {manifest.version}: schema differs at {sorted(ours) or 'a shape'}"
-        )
+    """The state of a version; raises `WeightError` when it is damaged or not what the manifest says."""
+    try:
+        state: State = load(content)
+        schema = schema_of(state)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise WeightError(f"version {manifest.version}: unreadable ({error})") from None
+    theirs = {tensor.name: tensor for tensor in manifest.schema}
+    ours = {tensor.name: tensor for tensor in schema}
+    differing = sorted(
+        name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
+    )
+    if differing:
+        raise WeightError(f"version {manifest.version}: schema differs at {differing}")
     digest = digest_of(state)
     if digest != manifest.digest:
         raise WeightError(

@@ -1,5 +1,32 @@
-"""Torch runs in one thread: these policies are small, and other processes work beside."""
+"""Fixtures of the learner's tests."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
 import torch
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from ops.broker import EmbeddedBroker
+    from streams.settings import KafkaSettings
+
+torch.set_num_threads(1)  # these policies are small, and other processes work beside
+
+
+@pytest.fixture(scope="package")
+def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]:
+    """A broker of this package's own: topics are deleted, and it is stopped and started."""
+    from ops.broker import EmbeddedBroker
+
+    with EmbeddedBroker(tmp_path_factory.mktemp("learner-kafka")) as running:
+        yield running
+
+
+@pytest.fixture
+def kafka(own_broker: EmbeddedBroker) -> KafkaSettings:
+    """A cluster with all topics, empty."""
+    from tests.learner.cluster import renewed
+
+    return renewed(own_broker)

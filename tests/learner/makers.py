@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from learner.catalogue import Catalogue
-from learner.context import pack_behaviours
+from learner.context import contexts, pack_behaviours
 from learner.decoder import LazyDecoder
 from learner.presets import Preset
-from learner.valid_ids import keys_of, sids_of
+from learner.valid_ids import sids_of
 from streams.events import (
     Behaviour,
     LogpLevels,
@@ -29,7 +29,9 @@ NOW_MS = 1_700_000_000_000
 SMALL = Preset(d_model=16, layers=2, heads=4, d_embed=8, d_ffn=32, d_user=4, context=6)
 
 
-def upsert(item: str, sid: SemanticId, codebook: str = CODEBOOK, duration_ms: int = 30_000) -> bytes:
+def upsert(
+    item: str, sid: SemanticId, codebook: str = CODEBOOK, duration_ms: int = 30_000
+) -> bytes:
     """A catalogue entry's value."""
     return encode(Upsert(item=item, sid=sid, codebook=codebook, duration_ms=duration_ms))
 
@@ -192,31 +194,28 @@ def learnable(catalogue: Catalogue, requests: int, seed: int, slots: int = 3) ->
 
 
 def law(model: LazyDecoder, sample: Sample, catalogue: Catalogue) -> dict[SemanticId, LogpLevels]:
-    """Every valid leaf's log-probability per level, by the plain definition: one leaf after the other."""
-    from learner.context import contexts
-
+    """Every valid leaf's log-probability per level at the sample's temperature, by plain sums."""
     codes = catalogue.valid.codes
-    excluded = set(
-        keys_of(np.frombuffer(sample.excluded, "<u2").reshape(-1, 3), codes).tolist()
-    )
+    excluded = {
+        (int(a), int(b), int(c)) for a, b, c in np.frombuffer(sample.excluded, "<u2").reshape(-1, 3)
+    }
     leaves = [
         (int(a), int(b), int(c))
         for a, b, c in sids_of(catalogue.valid.tree(sample.catalogue_version).leaves(), codes)
-        if (int(a) * codes + int(b)) * codes + int(c) not in excluded
     ]
+    leaves = [leaf for leaf in leaves if leaf not in excluded]
+    children: dict[tuple[int, ...], set[int]] = {}
+    for leaf in leaves:
+        for level in range(3):
+            children.setdefault(leaf[:level], set()).add(leaf[level])
+    of = contexts([sample.user], [sample.context], model.preset.context, model.user_rows, codes)
+    logp: dict[tuple[int, ...], float] = {}
     with torch.no_grad():
-        kv = model.process(
-            contexts(
-                [sample.user], [sample.context], model.preset.context, model.user_rows, codes
-            )
-        )
-        found: dict[SemanticId, LogpLevels] = {}
-        for leaf in leaves:
-            levels = []
-            for level in range(3):
-                prefix = torch.tensor([[leaf[:level]]], dtype=torch.int64).reshape(1, 1, level)
-                logits = model.step(kv, prefix)[0, 0].double() / sample.temperature
-                siblings = sorted({other[level] for other in leaves if other[:level] == leaf[:level]})
-                levels.append(float(logits[leaf[level]] - logits[siblings].logsumexp(0)))
-            found[leaf] = (levels[0], levels[1], levels[2])
-    return found
+        kv = model.process(of)
+        for prefix, valid in children.items():
+            at = torch.tensor(prefix, dtype=torch.int64).reshape(1, 1, len(prefix))
+            logits = model.step(kv, at)[0, 0].double() / sample.temperature
+            below = logits[sorted(valid)].logsumexp(0)
+            for code in valid:
+                logp[(*prefix, code)] = float(logits[code] - below)
+    return {leaf: (logp[leaf[:1]], logp[leaf[:2]], logp[leaf]) for leaf in leaves}

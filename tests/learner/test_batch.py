@@ -72,14 +72,16 @@ def test_a_target_outside_its_tree_is_refused_by_name(
     bad = sample(
         "bad", [Shown((0, 0, 0)), Shown((1, 2, 3), item="film")], version, excluded=excluded
     )
-    with pytest.raises(ValueError, match=f"item 'film' of request bad .*catalogue version {version}"):
+    with pytest.raises(
+        ValueError, match=f"item 'film' of request bad .*catalogue version {version}"
+    ):
         assemble([good, bad], catalogue.valid, 2, ROWS)
 
 
 @pytest.mark.parametrize("sid", [(0, 0, 4), (0, 0, -1), (-1, -1, -1)])
 def test_a_target_outside_the_codebook_is_refused(sid: SemanticId) -> None:
     catalogue = catalogue_of(4, LEAVES)
-    with pytest.raises(ValueError, match="outside|not in the valid tree"):
+    with pytest.raises(ValueError, match=r"outside|not in the valid tree"):
         assemble([sample("r", [Shown(sid)], 5)], catalogue.valid, 2, ROWS)
 
 

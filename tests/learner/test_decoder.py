@@ -95,9 +95,7 @@ def test_padding_of_the_context_changes_nothing(model: LazyDecoder) -> None:
     sids = targets(2, 3)
     full = batch_of([4, 2])
     shorter = batch_of([4, 2], length=4)
-    assert torch.allclose(
-        logits_of(model, full, sids), logits_of(model, shorter, sids), atol=1e-5
-    )
+    assert torch.allclose(logits_of(model, full, sids), logits_of(model, shorter, sids), atol=1e-5)
     rubbish = full._replace(
         codes_BTL=torch.where(full.present_BT[..., None], full.codes_BTL, CODES - 1),
         features_BTF=torch.where(full.present_BT[..., None], full.features_BTF, 1e3),
@@ -185,9 +183,9 @@ def test_every_key_and_value_set_has_its_own_norm_over_its_own_chunk() -> None:
     sets = [*kv.keys, *kv.values]
     for number, norm in enumerate(norms):
         with torch.no_grad():
-            norm.weight.mul_(2.0)  # type: ignore[operator]
+            norm.weight.mul_(2.0)
             again = model.process(of)
-            norm.weight.div_(2.0)  # type: ignore[operator]
+            norm.weight.div_(2.0)
         for other, (old, new) in enumerate(zip(sets, [*again.keys, *again.values], strict=True)):
             if other == number:
                 assert torch.allclose(new, 2.0 * old)
@@ -281,7 +279,7 @@ def test_gradient_reaches_every_parameter() -> None:
         model(model.process(batch_of([6, 3])), targets(2, 3)).flatten(0, 2),
         targets(2, 3).flatten(),
     )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     for name, value in model.named_parameters():
         assert value.grad is not None, name
         assert value.grad.to_dense().abs().max() > 0, name

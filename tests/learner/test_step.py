@@ -13,7 +13,15 @@ from learner.context import user_row
 from learner.decoder import LazyDecoder
 from learner.settings import LearnSettings
 from learner.step import StepMetrics, Trainer
-from tests.learner.makers import SMALL, Shown, law, learnable, random_catalogue, random_model, sample
+from tests.learner.makers import (
+    SMALL,
+    Shown,
+    law,
+    learnable,
+    random_catalogue,
+    random_model,
+    sample,
+)
 
 CODES, ROWS = 5, 64
 
@@ -24,9 +32,7 @@ def catalogue() -> Catalogue:
 
 
 def batch_of(catalogue: Catalogue, seed: int, requests: int = 8) -> Batch:
-    return assemble(
-        learnable(catalogue, requests, seed), catalogue.valid, SMALL.context, ROWS
-    )
+    return assemble(learnable(catalogue, requests, seed), catalogue.valid, SMALL.context, ROWS)
 
 
 def state_of(model: LazyDecoder) -> dict[str, Tensor]:
@@ -86,9 +92,7 @@ def test_positives_rise_and_negatives_fall_at_the_logged_temperature(catalogue: 
     for one in samples:
         for item in one.items:
             item.supervised = False
-    trainer = Trainer(
-        random_model(SMALL, CODES, ROWS, seed=4), LearnSettings(entropy=0.0), 1e-3
-    )
+    trainer = Trainer(random_model(SMALL, CODES, ROWS, seed=4), LearnSettings(entropy=0.0), 1e-3)
 
     def pulled() -> float:
         """Sum of the probabilities per level, positives minus negatives."""

@@ -1,0 +1,442 @@
+"""`dwell replay`: a real feed log through the live loop, tested before it is trained on.
+
+Notable choices (contract of evidence, "Real logs")
+- Streams and learner are the processes of a live run; the replayer stands for the actors and their viewers. It
+  writes `exposures`, `feedback` and, in log time, the ticks; nothing ticks by the wall clock.
+- A block of rows is scored before it is sent, here, with the newest version read from Kafka. Behind it a barrier:
+  ticks at the log time reached, then wait until every request that the join's rule closes by then is a sample, and
+  every sample is in a version that is applied here. So the figures do not depend on how fast the machine is.
+- Without a barrier blocks are small, nothing is waited for, and the figures include the lag.
+- All that the replayer knows comes from Kafka, as for an actor: a second log, of later rows, goes on where the
+  first one ended. A log that begins before the join's watermark is refused: it would be censored as late.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from kafka import TopicPartition
+from kafka.errors import CoordinatorNotAvailableError
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from actor.users import Users
+from learner.catalogue import Catalogue
+from learner.checkpoint import load
+from learner.presets import PRESETS
+from ops.account import account, committed_notes
+from ops.applied import Applied
+from ops.cluster import Cluster, held, open_cluster
+from ops.config import Config
+from ops.errors import UserError
+from ops.feedlog import EXPOSED, UTC_OFFSET_MS, Log, class_counts, classify, open_log
+from ops.log_requests import Block, Due, Requests
+from ops.pretrain import pretrained
+from ops.report import quantiles
+from ops.results import Check, exit_status, print_results, write_results
+from ops.roles import Role, children_cpu_s, write_config
+from ops.scoreboard import POLICY, POPULARITY, K, Scoreboard, split_of
+from ops.scoring import BATCH, Ranker
+from ops.start import POLICY_FILE, Start, is_published, publish
+from streams.clients import producer, records
+from streams.events import Exposure, Tick, decode, encode
+from streams.intake import partition_of
+from streams.settings import KafkaSettings
+from streams.topics import CATALOGUE, EXPOSURES, FEEDBACK, HISTORIES, WEIGHTS_ANCHORS
+from streams.weights import Manifest, weights_decoder
+
+WRITER: Final = "replay"
+STALL_S: Final = 120.0
+"""A barrier that sees nothing new for this long is broken, not slow."""
+CATCH_UP_S: Final = 15.0
+COORDINATOR_S: Final = 20.0
+SLICE_S: Final = 0.05
+
+
+def run(
+    config: Config,
+    directory: Path,
+    speed: float | None,
+    barrier: int,
+    limit: int | None,
+    json_path: Path | None,
+    start_from: Path | None,
+) -> int:
+    """Replay the log in `directory`, or its first `limit` rows; returns the exit status.
+
+    `speed` is log seconds per wall second (None: as fast as it goes), `barrier` requests between two waits
+    (0: none).
+    """
+    console = Console()
+    feed = open_log(directory)
+    config = replace(config, streams=replace(config.streams, tick=False))
+    with console.status("reading the log"):
+        log = feed.read_log()
+        log = Log(log.rows[:limit], log.malformed)
+        codes = classify(log.rows)
+    chosen = np.flatnonzero(codes == EXPOSED)
+    if not len(chosen):
+        raise UserError(f"{feed.directory} holds no exposure with a duration: nothing to replay.")
+    cpu: dict[str, float] = {}
+    began = time.monotonic()
+    mine = time.process_time()
+    with ExitStack() as stack:
+        stack.enter_context(held(Path(config.storage.data_dir)))
+        with open_cluster(config, lambda line: console.print(line)) as cluster:
+            _refuse_the_past(cluster.config.kafka, int(log.rows["time_ms"][chosen[0]]))
+            begun, start = _begin(cluster, start_from, directory, console)
+            replayer = _Replay(begun, start, console)
+            with console.status("reading the watch history"):
+                board = Scoreboard(log.rows[chosen], feed.read_videos(), feed.read_history())
+            results = replayer.live(log.rows, chosen, board, speed, barrier)
+            cpu.update(replayer.cpu_seconds())
+            before = children_cpu_s()
+        cpu["broker"] = children_cpu_s() - before
+    cpu["replay"] = time.process_time() - mine
+    counts = class_counts(log, codes)
+    results = {
+        "rows": sum(counts.values()),
+        "classes": counts,
+        **results,
+        "cpu_seconds": cpu,
+        "total_s": time.monotonic() - began,
+    }
+    checks = _checks(results)
+    print_results(results, checks, console)
+    if json_path is not None:
+        write_results(json_path, "replay", begun, [config.learn.seed], results, checks)
+    return exit_status(checks)
+
+
+def _refuse_the_past(kafka: KafkaSettings, first_ms: int) -> None:
+    """Raise `UserError` when the cluster's join has gone past the log's first row."""
+    reached_ms = _reached_ms(kafka)
+    if reached_ms > first_ms:
+        raise UserError(
+            f"the log begins at {_day(first_ms)}, but this cluster has already come to {_day(reached_ms)}: a "
+            "replay is not repeated or resumed on the same data; name a new directory with --data-dir."
+        )
+
+
+def _reached_ms(kafka: KafkaSettings) -> int:
+    """The largest watermark committed; -1 where there are no exposures yet."""
+    places = [TopicPartition(EXPOSURES, number) for number in range(kafka.partitions)]
+    if not any(True for place in places for _ in records(kafka.bootstrap, *place)):
+        return -1  # asking for the group would only wait for its coordinator to be made
+    give_up = time.monotonic() + COORDINATOR_S
+    while True:
+        try:
+            notes = committed_notes(kafka, places)
+        except CoordinatorNotAvailableError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.2)
+            continue
+        return max((min(n.exposures_ms, n.feedback_ms) for n in notes.values()), default=-1)
+
+
+def _begin(
+    cluster: Cluster, start_from: Path | None, directory: Path, console: Console
+) -> tuple[Config, Path | None]:
+    """A lineage on the cluster: the one that is there, the one named, or one pre-trained now.
+
+    Returns the configuration with the lineage's own shape of the policy, and where a new one starts from.
+    """
+    config = cluster.config
+    kept = Path(config.storage.data_dir) / "start"
+    if is_published(config.kafka):
+        shape = _newest_shape(config.kafka)
+        if start_from is not None and shape is not None:
+            raise UserError(
+                f"a lineage lives on this cluster already, and --start-from {start_from} would begin another: "
+                "leave it out to go on, or name a new directory with --data-dir."
+            )
+        if shape is not None:
+            return replace(config, policy=replace(config.policy, **shape)), None
+    if start_from is not None:
+        start = Start.at(start_from)
+    elif (kept / POLICY_FILE).exists():
+        start = Start.at(kept)
+    else:
+        console.print("no start was named: pre-training one on the watch history")
+        done = pretrained(config, open_log(directory), kept, console)
+        console.print(f"pre-trained: recall@{K} of held-out plays {done.results['held_out']}")
+        start = done.start
+    if not is_published(config.kafka):
+        with console.status("publishing the start"):
+            publish(start, config.kafka)
+    progress = load(start.policy, config.learn, config.learn.lr)[1]
+    shape = {"preset": progress.preset, "codes": progress.codes, "user_rows": progress.user_rows}
+    return replace(config, policy=replace(config.policy, **shape)), start.folder
+
+
+def _newest_shape(kafka: KafkaSettings) -> dict[str, Any] | None:
+    """Preset, codes and user rows of the newest published version."""
+    shape = None
+    for record in records(kafka.bootstrap, WEIGHTS_ANCHORS):
+        if record.value is not None and record.key.endswith(b"/manifest"):
+            manifest = decode(weights_decoder, record.value)
+            if isinstance(manifest, Manifest):
+                shape = {name: getattr(manifest, name) for name in ("preset", "codes", "user_rows")}
+    return shape
+
+
+class _Replay:
+    """One run over one log on one cluster."""
+
+    def __init__(self, config: Config, start: Path | None, console: Console) -> None:
+        self._config = config
+        self._kafka = config.kafka
+        self._start = start
+        self._console = console
+        self._folder = Path(config.storage.data_dir) / "run"
+        self._roles: list[Role] = []
+        self._due = Due(config.join)
+        self._reached_ms = 0
+        self._applied = Applied(self._kafka, config.shape.prior_plays)
+        self._producer = producer(self._kafka.bootstrap, linger_ms=10, batch_size=1 << 18)
+        self._catalogue = Catalogue(config.policy.codes)
+        for record in records(self._kafka.bootstrap, CATALOGUE):
+            self._catalogue.take(record.offset, record.key, record.value)
+
+    def live(
+        self,
+        rows: NDArray[np.void],
+        chosen: NDArray[np.integer],
+        board: Scoreboard,
+        speed: float | None,
+        barrier: int,
+    ) -> dict[str, Any]:
+        """Start the roles, send and score all rows, stop in order; the figures, of what was done if cut short."""
+        torch.set_num_threads(1)
+        first_ms = int(rows["time_ms"][chosen[0]])
+        context = PRESETS[self._config.policy.preset].context
+        requests = Requests(rows, chosen, self._users(), self._catalogue, context)
+        ranker = Ranker(self._catalogue, board.number)
+        whole = False
+        try:
+            self._start_roles()
+            began = time.monotonic()
+            first_version = self._version
+            with _bar(self._console) as progress, ThreadPoolExecutor(2) as pool:
+                bar = progress.add_task("replaying", total=len(chosen))
+                clock = _Clock(speed, first_ms)
+                try:
+                    for block in self._blocks(requests, barrier):
+                        if block.rows:
+                            board.take(self._rank(block, ranker, pool))
+                        self._send(block, clock)
+                        if barrier or not block.rows:
+                            with clock.stopped():
+                                self._barrier(at_end=not block.rows)
+                        progress.update(bar, completed=board.done, description=self._at(board))
+                    whole = True
+                except KeyboardInterrupt:
+                    self._console.print("stopping in order")
+            wall_s = time.monotonic() - began
+            self._stop_roles()
+            seen = self._applied.seen
+        finally:
+            for role in reversed(self._roles):
+                role.stop(patience_s=5)
+            self._applied.close()
+            self._producer.close(timeout=5)
+        with self._console.status("reading the log on Kafka for the report"):
+            settled = account(self._kafka, self._config.join)
+        return {
+            "finished": whole,
+            "requests": settled.requests,
+            "samples": settled.samples,
+            "open": settled.open,
+            "lost": settled.lost,
+            "duplicated": settled.duplicated,
+            "dead_letters": dict(settled.dead_letters),
+            "versions": seen.version,
+            "versions_this_run": seen.version - first_version,
+            "trained": seen.trained,
+            "outcomes": dict(seen.outcomes),
+            "barrier": barrier,
+            **board.results(split_of(first_ms)),
+            "own_weight": self._applied.own_weight,
+            "freshness": quantiles(seen.freshness_s),
+            "wall_s": wall_s,
+            "rows_per_s": board.done / wall_s,
+        }
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU of each role, known after it was stopped."""
+        return {role.name: role.cpu_seconds for role in self._roles}
+
+    @property
+    def _version(self) -> int:
+        policy = self._applied.policy
+        return policy.version if policy is not None else 0
+
+    def _blocks(self, requests: Requests, barrier: int) -> Iterator[Block]:
+        while True:
+            self._poll(0)
+            block = requests.take(barrier or BATCH, self._version)
+            yield block
+            if not block.rows:
+                return
+
+    def _rank(self, block: Block, ranker: Ranker, pool: ThreadPoolExecutor) -> NDArray[np.int64]:
+        """The policy's lists for a block, by two threads: torch and numpy let go of Python's lock."""
+        policy = self._applied.policy
+        assert policy is not None
+        model = policy.model
+
+        def rank(low: int) -> NDArray[np.int64]:
+            part = slice(low, low + BATCH)
+            return ranker.rank(model, block.users[part], block.contexts[part], K)
+
+        return np.concatenate(list(pool.map(rank, range(0, len(block.rows), BATCH))))
+
+    def _send(self, block: Block, clock: "_Clock") -> None:
+        """Append a block's events, each when its time has come."""
+        for event in block.events:
+            clock.wait_for(event.time_ms)
+            topic = EXPOSURES if isinstance(event, Exposure) else FEEDBACK
+            place = partition_of(event.user, self._kafka.partitions)
+            self._producer.send(topic, encode(event), event.user.encode(), partition=place)
+            self._due.take(event)
+            self._reached_ms = event.time_ms
+
+    def _tick(self, time_ms: int) -> None:
+        tick = encode(Tick(time_ms=time_ms, writer=WRITER))
+        for number in range(self._kafka.partitions):
+            for topic in (EXPOSURES, FEEDBACK):
+                self._producer.send(topic, tick, partition=number)
+        self._producer.flush()
+
+    def _barrier(self, at_end: bool) -> None:
+        """Tick, and wait until what can be closed is in an applied version; at the log's end, everything."""
+        reached_ms = self._reached_ms
+        watermark_ms = self._due.deadline_ms(reached_ms) if at_end else reached_ms
+        self._tick(watermark_ms)
+        due = self._due.at(watermark_ms)
+        seen = self._applied.seen
+        quiet = time.monotonic()
+        while seen.samples.total() < due or seen.unpublished:
+            if self._poll(50):
+                quiet = time.monotonic()
+            elif time.monotonic() - quiet > STALL_S:
+                raise UserError(
+                    f"nothing has moved for {STALL_S:.0f} s: {seen.samples.total()} of {due} requests are samples, "
+                    f"version {seen.version} is the newest; see {self._folder}."
+                )
+
+    def _poll(self, timeout_ms: int) -> bool:
+        """Read on; take a new version if there is one."""
+        moved = self._applied.poll(timeout_ms)
+        if not moved:
+            for role in self._roles:
+                role.check()
+        self._applied.apply(self._catalogue.codebook)
+        return moved
+
+    def _start_roles(self) -> None:
+        """Learner and streams; back when the first version is here."""
+        path = write_config(self._config, self._folder)
+        start = () if self._start is None else ("--start-from", str(self._start))
+        for name, more in (("learner", start), ("streams", ())):
+            self._roles.append(Role(name, ["--config", str(path), *more], self._folder))
+        with self._console.status("waiting for the first version"):
+            while self._applied.policy is None:
+                self._poll(50)
+
+    def _stop_roles(self) -> None:
+        """Streams, then, when it has caught up, the learner."""
+        by_name = {role.name: role for role in self._roles}
+        by_name["streams"].stop()
+        deadline = time.monotonic() + CATCH_UP_S
+        while time.monotonic() < deadline:
+            if not self._applied.poll(100) and not self._applied.seen.unpublished:
+                break
+        by_name["learner"].stop()
+
+    def _users(self) -> Users:
+        """What an actor knows of the users when it starts."""
+        users = Users(self._config.actor)
+        for number in range(self._kafka.partitions):
+            for record in records(self._kafka.bootstrap, HISTORIES, number):
+                users.take_history(record.key.decode(), record.value)
+        return users
+
+    def _at(self, board: Scoreboard) -> str:
+        ours, theirs = board.recall(POLICY), board.recall(POPULARITY)
+        now = f"{_day(self._reached_ms)}, version {self._version}"
+        return f"{now}, recall@{K} {ours:.3f} (popularity {theirs:.3f})"
+
+
+class _Clock:
+    """Log time at `speed` log seconds per wall second; without a speed nothing waits."""
+
+    def __init__(self, speed: float | None, first_ms: int) -> None:
+        self._speed = speed
+        self._first_ms = first_ms
+        self._began = time.monotonic()
+
+    def wait_for(self, time_ms: int) -> None:
+        """Return when the log has come to `time_ms`."""
+        if self._speed:
+            due = self._began + (time_ms - self._first_ms) / 1000 / self._speed
+            left = due - time.monotonic()
+            if left > SLICE_S:
+                time.sleep(left)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The clock stands still meanwhile."""
+        since = time.monotonic()
+        yield
+        self._began += time.monotonic() - since
+
+
+def _checks(results: dict[str, Any]) -> list[Check]:
+    """Lost, doubled and missing samples are errors; the comparison with popularity is a goal."""
+    requests, samples, still = results["requests"], results["samples"], results["open"]
+    recall = results["recall_50"]
+    checks = [
+        Check("lost", results["lost"], "0", results["lost"] == 0),
+        Check("duplicated", results["duplicated"], "0", results["duplicated"] == 0),
+        Check(
+            "samples",
+            samples,
+            f"{requests - still} (requests not open)",
+            samples == requests - still,
+        ),
+    ]
+    if not math.isnan(recall[POLICY]):
+        least = recall["popularity"]
+        ok = recall[POLICY] >= least
+        checks.append(
+            Check("recall_50.policy", recall[POLICY], f">= {least:.4f} (popularity)", ok, False)
+        )
+    return checks
+
+
+def _day(time_ms: int) -> str:
+    """A time as the log's viewers would write it."""
+    moment = datetime.fromtimestamp((time_ms + UTC_OFFSET_MS) / 1000, UTC)
+    return moment.strftime("%d %b %Y %H:%M")
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

@@ -1,0 +1,56 @@
+"""A real broker whose topics are new for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
+
+from kafka import KafkaAdminClient, KafkaConsumer
+
+from ops.admin import ensure_topics
+from streams.clients import producer, records
+from streams.settings import KafkaSettings
+from streams.topics import WEIGHTS_ANCHORS, topics
+from streams.weights import Assembler, Manifest, State, verified_state
+
+if TYPE_CHECKING:
+    from kafka import KafkaProducer
+
+    from ops.broker import EmbeddedBroker
+
+PARTITIONS = 2
+
+
+def renewed(broker: EmbeddedBroker) -> KafkaSettings:
+    """The broker's topics, empty."""
+    settings = KafkaSettings(bootstrap=broker.bootstrap, partitions=PARTITIONS)
+    names = {topic.name for topic in topics(settings)}
+    with (
+        closing(KafkaAdminClient(bootstrap_servers=broker.bootstrap)) as admin,
+        closing(KafkaConsumer(bootstrap_servers=broker.bootstrap)) as client,
+    ):
+        there = names & set(client.topics())
+        if there:
+            admin.delete_topics(list(there))
+    ensure_topics(broker.bootstrap, settings)
+    return settings
+
+
+@contextmanager
+def writing(kafka: KafkaSettings) -> Iterator[KafkaProducer]:
+    """A producer; all is written when the block ends."""
+    with closing(producer(kafka.bootstrap)) as client:
+        yield client
+        client.flush(30)
+
+
+def published(kafka: KafkaSettings) -> list[tuple[Manifest, State]]:
+    """The versions in the log, each whole and verified, in order."""
+    assembler = Assembler()
+    found = []
+    for record in records(kafka.bootstrap, WEIGHTS_ANCHORS):
+        whole = assembler.take(record.value)
+        if whole is not None:
+            found.append((whole[0], verified_state(*whole)))
+    return found

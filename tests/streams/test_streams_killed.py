@@ -1,0 +1,134 @@
+"""`dwell streams` as its own process, killed with -9 while events flow."""
+
+import asyncio
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+
+from ops.admin import ensure_topics
+from ops.broker import EmbeddedBroker
+from streams.settings import KafkaSettings
+from tests.streams.live import (
+    LONG,
+    NO_TICKS,
+    agree_with_reference,
+    running,
+    sampled,
+    samples,
+    settled,
+    until,
+    users_of,
+    write,
+    writer,
+)
+from tests.streams.makers import T0, exposure
+from tests.streams.shell import Arrived, busy_arrivals
+
+ROOT = Path(__file__).parents[2]
+FAR = T0 + 1_000_000
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaSettings]:
+    """A broker with two partitions only: the program owns all there are."""
+    with EmbeddedBroker(tmp_path_factory.mktemp("killed")) as running_broker:
+        settings = KafkaSettings(bootstrap=running_broker.bootstrap, partitions=2)
+        ensure_topics(settings.bootstrap, settings)
+        yield settings
+
+
+@asynccontextmanager
+async def program(kafka: KafkaSettings, folder: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """`dwell streams` with the join of these tests, killed at the end."""
+    keys = {
+        "kafka.partitions": kafka.partitions,
+        "join.window_s": LONG.window_s,
+        "join.cap_s": LONG.cap_s,
+        "join.abandon_s": LONG.abandon_s,
+        "join.lateness_s": LONG.lateness_s,
+        "join.dedupe_horizon_s": LONG.dedupe_horizon_s,
+        "streams.tick": "false",
+        "streams.batch_ms": NO_TICKS.batch_ms,
+    }
+    more = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "ops.cli", "streams", "--bootstrap", kafka.bootstrap]
+    folder.mkdir(exist_ok=True)
+    with (folder / "stderr").open("w") as said:
+        process = subprocess.Popen(
+            [*command, "--data-dir", str(folder), *more],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_killed_again_and_again_it_loses_and_doubles_nothing(
+    few: KafkaSettings, tmp_path: Path
+) -> None:
+    """Three kills while events flow in two partitions, the disk lost at the second."""
+    arrivals = [settled(busy_arrivals(11 + p, 60), users_of(p, 2)) for p in range(2)]
+    expected = [
+        {e.request for e in life if not isinstance(e, int) and hasattr(e, "items")}
+        for life in arrivals
+    ]
+    rng = random.Random(12)
+    async with writer(few) as producer:
+
+        async def feed(partition: int, life: list[Arrived]) -> None:
+            for first in range(0, len(life), 5):
+                await write(producer, partition, life[first : first + 5])
+                await asyncio.sleep(0.05)
+
+        feeding = [asyncio.create_task(feed(*each)) for each in enumerate(arrivals)]
+        before = 0
+        for kill in range(3):
+            async with program(few, tmp_path / "data"):
+
+                async def further(before: int = before) -> bool:
+                    found = [await samples(few, p) for p in range(2)]
+                    return sum(map(len, found)) > before
+
+                await until(further)
+                await asyncio.sleep(rng.uniform(0, 0.5))
+            before = sum([len(await samples(few, p)) for p in range(2)])
+            if kill == 1:
+                rmtree(tmp_path / "data" / "streams")
+        assert before < sum(map(len, expected)), "all was done before the last kill"
+        async with program(few, tmp_path / "data"):
+            await asyncio.gather(*feeding)
+            found = [await sampled(few, p, len(expected[p])) for p in range(2)]
+    for partition in range(2):
+        sampled_once = Counter(sample.request for sample in found[partition])
+        assert sampled_once == dict.fromkeys(expected[partition], 1)
+        agree_with_reference(found[partition], arrivals[partition])
+
+
+async def test_a_program_whose_partitions_were_taken_over_ends_with_one_sentence(
+    few: KafkaSettings, tmp_path: Path
+) -> None:
+    user = users_of(0, 2)[0]
+    async with writer(few) as producer, program(few, tmp_path / "one") as process:
+        done = len(await samples(few, 0))
+        await write(producer, 0, [exposure("taken 1", T0 + 500_000, 1, user=user), FAR])
+        await sampled(few, 0, done + 1)
+        async with running(few, 0, tmp_path / "two"):
+            await write(producer, 0, [exposure("taken 2", FAR, 1, user=user), FAR + 1000])
+            await sampled(few, 0, done + 2)
+            status = await asyncio.to_thread(process.wait, 30)
+    assert status == 2
+    said = (tmp_path / "one" / "stderr").read_text().splitlines()
+    assert len(said) == 2, said  # where its metrics are, and why it ended
+    assert said[-1].startswith("dwell: partition 0 was taken over by another streams process")
