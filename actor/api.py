@@ -4,22 +4,26 @@ Notable choices
 - Bodies are read by msgspec: a wrong one is 422 with the path of the field. The OpenAPI document carries the
   schemas of the same structs.
 - An exposure or a feedback is durable (acknowledged by Kafka) before its answer. While the broker is away the
-  answer is 503 and nothing was taken.
+  answer is 503: nothing was acknowledged, and the same feedback may be sent again (its event ids make it one).
 - Feedback is stamped with the time of receipt; the client's clock is kept beside it.
 """
 
+import logging
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from aiokafka.errors import KafkaError
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
+from starlette.requests import ClientDisconnect
 
 from actor.service import NotReadyError, Service
 from streams.events import FeedbackKind
+
+log = logging.getLogger("dwell.actor")
 
 REQUESTS = Counter("dwell_actor_requests_total", "HTTP requests answered", ["route", "status"])
 SECONDS = Histogram(
@@ -28,8 +32,6 @@ SECONDS = Histogram(
     ["route"],
     buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
 )
-
-KAFKA_PATIENCE_S = 3.0
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
@@ -71,11 +73,11 @@ class FeedbackEvent(msgspec.Struct, forbid_unknown_fields=True):
     item: Annotated[str, msgspec.Meta(max_length=256)] = ""
     play_ms: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
     withdrawn: bool = False
-    client_time_ms: int | None = None
+    client_time_ms: Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)] | None = None
 
     def __post_init__(self) -> None:
         if self.position < 0 and self.kind != "left":
-            raise ValueError(f"kind {self.kind!r} needs a position >= 0")
+            raise ValueError(f"kind {self.kind!r} needs field `position` >= 0")
 
 
 class FeedbackBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -104,21 +106,13 @@ class _BadBodyError(ValueError):
         self.field = field
 
 
-def application(open_service: Callable[[], AbstractAsyncContextManager[Service]]) -> FastAPI:
-    """The actor's HTTP application; the service is opened when it starts and closed when it stops."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_service() as service:
-            app.state.service = service
-            yield
-
-    app = FastAPI(title="Dwell actor", version="0.1.0", lifespan=lifespan)
+def application(service: Service) -> FastAPI:
+    """The actor's HTTP application over an open service."""
+    app = FastAPI(title="Dwell actor", version="0.1.0")
 
     @app.post("/recommend", **_documented(Recommend, Slate))
     async def recommend(request: Request) -> Response:
         """A slate for a user."""
-        service: Service = request.app.state.service
 
         async def answer() -> bytes:
             body = await _body(request, _recommend)
@@ -146,7 +140,6 @@ def application(open_service: Callable[[], AbstractAsyncContextManager[Service]]
     @app.post("/feedback", **_documented(FeedbackBody, Accepted))
     async def feedback(request: Request) -> Response:
         """What viewers did: 1 to 256 events, of any users."""
-        service: Service = request.app.state.service
 
         async def answer() -> bytes:
             received_ms = int(time.time() * 1000)
@@ -161,15 +154,15 @@ def application(open_service: Callable[[], AbstractAsyncContextManager[Service]]
         return _json(200, {"status": "alive"})
 
     @app.get("/ready")
-    async def ready(request: Request) -> Response:
+    async def ready() -> Response:
         """Whether every arm serves the version it should, and there is a catalogue."""
-        missing = request.app.state.service.missing()
+        missing = service.missing()
         return _json(503 if missing else 200, {"ready": not missing, "missing": missing})
 
     @app.get("/version")
-    async def version(request: Request) -> Response:
+    async def version() -> Response:
         """Program, policy version by arm, catalogue version."""
-        return _json(200, request.app.state.service.versions())
+        return _json(200, service.versions())
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -179,13 +172,18 @@ def application(open_service: Callable[[], AbstractAsyncContextManager[Service]]
     return app
 
 
+_FIELD = re.compile(r"(?:missing required|contains unknown|needs) field `([^`]+)`")
+
+
 async def _body(request: Request, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(await request.body())
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `")
-        raise _BadBodyError(message, path.rstrip("`") or "$") from None
-    except msgspec.DecodeError as error:
+        path = path.rstrip("`") or "$"
+        named = _FIELD.search(message)
+        raise _BadBodyError(message, f"{path}.{named[1]}" if named else path) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _BadBodyError(f"not JSON: {error}", "$") from None
 
 
@@ -201,8 +199,13 @@ async def _answered(route: str, answer: Callable[[], Awaitable[bytes]]) -> Respo
         response = _json(503, {"detail": str(error)})
         response.headers["Retry-After"] = "1"
     except (TimeoutError, KafkaError):
-        response = _json(503, {"detail": "Kafka does not answer: nothing was taken, try again"})
+        response = _json(503, {"detail": "Kafka does not answer: not acknowledged, try again"})
         response.headers["Retry-After"] = "1"
+    except ClientDisconnect:
+        response = _json(400, {"detail": "the connection ended before the body did"})
+    except Exception:
+        log.exception("%s failed", route)
+        response = _json(500, {"detail": "the actor failed; its log says why"})
     REQUESTS.labels(route, response.status_code).inc()
     SECONDS.labels(route).observe(time.perf_counter() - started)
     return response
@@ -224,7 +227,7 @@ def _documented(body: type, answer: type) -> dict[str, Any]:
         "responses": {
             200: {"description": "Done", "content": content(answer)},
             422: {"description": "The body is wrong; the field is named"},
-            503: {"description": "Not ready, or Kafka does not answer: nothing was taken"},
+            503: {"description": "Not ready, or Kafka does not answer: not acknowledged"},
         },
     }
 

@@ -1,7 +1,8 @@
 """Requests that wait while the policy is busy are decoded together.
 
 There is no waiting for a batch to fill: one decode runs at a time, in a thread, and the next takes what has come
-meanwhile. Requests of different arms, or of different trees (the catalogue moved), are decoded apart.
+meanwhile. Requests of different arms, or of different trees (the catalogue moved), are decoded apart. A decode that
+fails is the failure of its own requests; one whose request was given up in the meantime is nobody's.
 """
 
 import asyncio
@@ -54,25 +55,42 @@ class Batcher:
         return await answer
 
     async def run(self) -> None:
-        """Serve the queue."""
-        loop = asyncio.get_running_loop()
-        while True:
-            waiting = [await self._queue.get()]
-            while len(waiting) < self._max_batch and not self._queue.empty():
-                waiting.append(self._queue.get_nowait())
-            groups: dict[tuple[int, int], list[_Waiting]] = {}
-            for one in waiting:
-                groups.setdefault((id(one.policy), id(one.prepared.tree)), []).append(one)
-            for group in groups.values():
-                prepared = [one.prepared for one in group]
+        """Serve the queue until cancelled; what waits then is cancelled too."""
+        try:
+            while True:
+                waiting = [await self._queue.get()]
+                while len(waiting) < self._max_batch and not self._queue.empty():
+                    waiting.append(self._queue.get_nowait())
+                groups: dict[tuple[int, int], list[_Waiting]] = {}
+                for one in waiting:
+                    groups.setdefault((id(one.policy), id(one.prepared.tree)), []).append(one)
                 try:
-                    slates = await loop.run_in_executor(
-                        self._thread, self._decode, group[0].policy, prepared
-                    )
-                except Exception as error:
-                    for one in group:
-                        one.answer.set_exception(error)
-                    continue
-                for row, one in enumerate(group):
-                    if not one.answer.done():
-                        one.answer.set_result(Drawn(one.policy, slates, row))
+                    for group in groups.values():
+                        await self._serve(group)
+                finally:  # nothing is left here unless this task was cancelled
+                    for one in waiting:
+                        one.answer.cancel()
+        finally:
+            while not self._queue.empty():
+                self._queue.get_nowait().answer.cancel()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _serve(self, group: list[_Waiting]) -> None:
+        """Decode one group, and answer those who still wait."""
+        group = [one for one in group if not one.answer.done()]
+        if not group:
+            return
+        prepared = [one.prepared for one in group]
+        loop = asyncio.get_running_loop()
+        try:
+            slates = await loop.run_in_executor(
+                self._thread, self._decode, group[0].policy, prepared
+            )
+        except Exception as error:
+            for one in group:
+                if not one.answer.done():
+                    one.answer.set_exception(error)
+            return
+        for row, one in enumerate(group):
+            if not one.answer.done():
+                one.answer.set_result(Drawn(one.policy, slates, row))

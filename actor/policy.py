@@ -21,21 +21,25 @@ class ServedPolicy:
     model: LazyDecoder
 
 
-def materialise(manifest: Manifest, content: bytes, codebook: str) -> ServedPolicy:
+def materialise(manifest: Manifest, content: bytes, codebook: str, codes: int) -> ServedPolicy:
     """Build and verify a version aside; raises `WeightError` and nothing has changed.
 
-    `codebook` is the catalogue's: weights of another codebook would give semantic IDs another meaning.
+    `codebook` is the catalogue's: weights of another codebook would give semantic IDs another meaning. `codes` are
+    those of a level, as the actor is configured.
     """
-    if codebook and manifest.codebook != codebook:
+    version = f"version {manifest.version}"
+    if manifest.codebook != codebook:
         raise WeightError(
-            f"version {manifest.version} is of codebook {manifest.codebook}, the catalogue of {codebook}"
+            f"{version} is of codebook {manifest.codebook}, the catalogue of {codebook}"
         )
+    if manifest.codes != codes:
+        raise WeightError(f"{version} has {manifest.codes} codes a level, policy.codes is {codes}")
     state = verified_state(manifest, content)
-    model = build(manifest.preset, manifest.codes, manifest.user_rows)
     try:
+        model = build(manifest.preset, manifest.codes, manifest.user_rows)
         load_state(model, state)
     except ValueError as error:
-        raise WeightError(f"version {manifest.version}: {error}") from None
+        raise WeightError(f"{version}: {' '.join(str(error).split())}") from None
     model.eval().requires_grad_(False)
     return ServedPolicy(manifest.version, manifest, model)
 

@@ -1,37 +1,67 @@
-"""The actor's process: uvicorn around the application."""
+"""The actor's process: uvicorn around the application, inside an open service."""
 
+import asyncio
+import signal
 import socket
 
 import uvicorn
 
 from actor.api import application
-from actor.service import Service
+from actor.service import Service, ServiceError
 from actor.settings import ActorSettings
 from learner.settings import PolicySettings
 from streams.settings import KafkaSettings
 
 
-class PortError(RuntimeError):
-    """The port to listen on cannot be had; the message names it."""
+class ActorError(RuntimeError):
+    """The actor cannot start or go on; the message says why, and what would help."""
+
+
+PortError = ActorError
 
 
 def run(kafka: KafkaSettings, policy: PolicySettings, settings: ActorSettings) -> None:
-    """Serve until SIGTERM or SIGINT; raises `PortError` when the port is taken."""
+    """Serve until SIGTERM or SIGINT.
+
+    Raises `ActorError` when the port is taken, Kafka does not answer at the start, or serving cannot go on.
+    """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        raise PortError(
-            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}): "
-            "set actor.port to a free port"
-        ) from None
-    service = Service(f"{settings.host}:{listener.getsockname()[1]}", kafka, policy, settings)
-    config = uvicorn.Config(
-        application(service.open),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=5,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    with listener:
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            raise ActorError(
+                f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}): "
+                "set actor.port to a free port"
+            ) from None
+        name = f"{settings.host}:{listener.getsockname()[1]}"
+        try:
+            asyncio.run(_serve(listener, Service(name, kafka, policy, settings)))
+        except ServiceError as error:
+            raise ActorError(str(error)) from None
+
+
+async def _serve(listener: socket.socket, service: Service) -> None:
+    async with service.open():
+        config = uvicorn.Config(
+            application(service),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=5,
+        )
+        server = uvicorn.Server(config)
+
+        async def end_with_service() -> None:
+            await service.failed.wait()
+            server.should_exit = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # uvicorn takes the signals, and raises them again when it has ended: the service closes after that
+            signal.signal(number, lambda *_: None)
+        watch = asyncio.create_task(end_with_service())
+        await server.serve(sockets=[listener])
+        watch.cancel()
+    if service.fault:
+        raise ServiceError(service.fault)

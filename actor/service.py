@@ -1,18 +1,22 @@
 """What the routes do: prepare, draw, publish; and feedback from receipt to log.
 
-One event loop owns all state; only the decode runs in a thread, on what was prepared here.
+One event loop owns all state; only the decode runs in a thread, on what was prepared here. What runs beside the
+requests is watched: when it ends, or Kafka will not take another record, the service has a `fault`, is not ready,
+and whoever opened it should end the process.
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Protocol
 from uuid import uuid4
 
 import numpy as np
 import torch
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
 from prometheus_client import Counter
 
 from actor.batching import Batcher
@@ -30,10 +34,17 @@ from streams.intake import partition_of
 from streams.settings import KafkaSettings
 from streams.topics import EXPOSURES, FEEDBACK
 
+log = logging.getLogger("dwell.actor")
+
 SLOTS = Counter("dwell_actor_slots_total", "Slots asked for and filled", ["what"])
 EVENTS = Counter("dwell_actor_feedback_total", "Feedback events taken", ["kind"])
 
 KAFKA_PATIENCE_S = 3.0
+STOP_PATIENCE_S = 3.0
+
+
+class ServiceError(RuntimeError):
+    """The actor cannot serve; the message says why."""
 
 
 class NotReadyError(RuntimeError):
@@ -68,35 +79,63 @@ class Service:
         self._users = Users(settings)
         self._rng = np.random.default_rng()
         self._batcher = Batcher(self._decode, settings.max_batch)
+        self.fault = ""
+        """Why this service cannot go on; empty while it can."""
+        self.failed = asyncio.Event()
         torch.set_num_threads(policy.threads)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator["Service"]:
-        """Connect, catch up, and follow the logs while open."""
-        self._producer = AIOKafkaProducer(
-            bootstrap_servers=self._kafka.bootstrap,
-            acks="all",
-            enable_idempotence=True,
-            linger_ms=2,
-        )
-        subscription = Subscription(
-            self.name, self._kafka, self._arms, self._catalogue, self._users
-        )
-        await self._producer.start()
-        await subscription.start(self._producer)
-        tasks = [asyncio.create_task(subscription.run()), asyncio.create_task(self._batcher.run())]
+        """Connect, catch up, and follow the logs while open; raises `ServiceError` when Kafka does not let it."""
+        async with AsyncExitStack() as stack:
+            try:
+                self._producer = AIOKafkaProducer(
+                    bootstrap_servers=self._kafka.bootstrap,
+                    acks="all",
+                    enable_idempotence=True,
+                    linger_ms=2,
+                )
+                stack.push_async_callback(_stop, self._producer)
+                await self._producer.start()
+                subscription = Subscription(
+                    self.name, self._kafka, self._arms, self._catalogue, self._users
+                )
+                stack.push_async_callback(subscription.stop)
+                await subscription.start(self._producer)
+            except KafkaError as error:
+                raise ServiceError(f"Kafka at {self._kafka.bootstrap}: {_why(error)}") from None
+            tasks = [
+                asyncio.create_task(self._watched("reading Kafka", subscription.run())),
+                asyncio.create_task(self._watched("decoding", self._batcher.run())),
+            ]
+            try:
+                yield self
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watched(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """Work that must not end while the service is open."""
         try:
-            yield self
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await subscription.stop()
-            await self._producer.stop()
+            await work
+        except Exception as error:
+            if not isinstance(error, KafkaError):
+                log.exception("%s ended", what)
+            self._fail(f"{what} ended: {_why(error)}")
+        else:
+            self._fail(f"{what} ended")
+
+    def _fail(self, fault: str) -> None:
+        if not self.fault:
+            log.critical("%s", fault)
+            self.fault = fault
+            self.failed.set()
 
     def missing(self) -> list[str]:
         """What keeps this actor from being ready."""
-        missing = [] if self._catalogue.items else ["catalogue"]
+        missing = [self.fault] if self.fault else []
+        missing += [] if self._catalogue.items else ["catalogue"]
         return missing if self._arms.ready else [*missing, "weights"]
 
     def versions(self) -> dict[str, Any]:
@@ -143,7 +182,7 @@ class Service:
         if not exposure.items:
             raise NotReadyError(f"no item of the catalogue is left for user {user!r}")
         await self._send(EXPOSURES, [(user, encode(exposure))])
-        self._users.exposed(user, [item.item for item in exposure.items])
+        self._users.exposed(user, [item.item for item in exposure.items], exposure.request)
         return exposure
 
     async def feedback(self, events: Sequence[FeedbackLike], received_ms: int) -> int:
@@ -165,7 +204,7 @@ class Service:
         ]
         await self._send(FEEDBACK, [(event.user, encode(event)) for event in taken])
         for event in taken:
-            item = self._catalogue.items.get(event.item)
+            item = self._catalogue.items.get(self._users.item_of(event))
             self._users.feedback(event, item.duration_ms if item else 0)
             EVENTS.labels(event.kind).inc()
         return len(taken)
@@ -182,7 +221,25 @@ class Service:
                 )
                 for user, value in records
             ]
-            await asyncio.gather(*sent)
+            try:
+                await asyncio.gather(*sent)
+            except KafkaError as error:
+                if not error.retriable:  # the records after it would be out of sequence, for ever
+                    self._fail(f"Kafka refused a record of {topic}: {_why(error)}")
+                raise
 
     def _decode(self, policy: ServedPolicy, batch: list[Prepared]) -> Slates:
         return decode(policy, batch, self.settings.temperature, self._rng)
+
+
+async def _stop(producer: AIOKafkaProducer) -> None:
+    """Leave; what a broker that is away has not acknowledged was not promised to anybody."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(STOP_PATIENCE_S):
+            await producer.stop()
+            return
+    await producer.client.close()
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -2,18 +2,21 @@
 
 Notable choices
 - At start each log is read to its present end before the actor is ready; of the weights only the newest version
-  and those that `control` names are materialised.
-- A version that cannot be taken (schema, digest, codebook) changes nothing: the arm keeps what it serves, and
-  says so on `weights.acks`, in a metric and in the log.
+  and those that `control` names are materialised, and none before there is a catalogue: they must have its codebook.
+- A version that cannot be taken (damaged, schema, digest, codebook) changes nothing: the arm keeps what it serves,
+  and says so on `weights.acks`, in a metric and in the log. An actor that starts falls back to an older one.
 - An actor obeys `control` without the learner: a pin to a version not at hand reads it from the log.
+- A broker that is away for a while is waited for; what cannot pass by itself ends the reader, and with it the actor.
 """
 
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.structs import ConsumerRecord
+from aiokafka.errors import KafkaError
+from aiokafka.structs import ConsumerRecord, RecordMetadata
 from prometheus_client import Counter, Gauge, Histogram
 
 from actor.policy import Arms, ServedPolicy, materialise
@@ -22,7 +25,7 @@ from learner.catalogue import Catalogue, CatalogueError
 from streams.events import UnreadableError, command_decoder, decode, encode
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, CONTROL, HISTORIES, WEIGHTS_ACKS, WEIGHTS_ANCHORS
-from streams.weights import Ack, Assembler, Manifest, WeightError
+from streams.weights import Ack, Assembler, Manifest, WeightError, weights_decoder
 
 log = logging.getLogger("dwell.actor")
 
@@ -34,6 +37,10 @@ CATALOGUE_ITEMS = Gauge("dwell_actor_catalogue_items", "Items alive")
 WEIGHTS_PLACE = TopicPartition(WEIGHTS_ANCHORS, 0)
 CONTROL_PLACE = TopicPartition(CONTROL, 0)
 CATALOGUE_PLACE = TopicPartition(CATALOGUE, 0)
+
+ACK_PATIENCE_S = 1.0
+RETRY_S = 0.5
+FALLBACKS = 3  # older versions that an actor tries when it starts on a damaged one
 
 
 class Subscription:
@@ -47,13 +54,18 @@ class Subscription:
         self._arms = arms
         self._catalogue = catalogue
         self._users = users
+        self._consumer = self._reader()
         self._assembler = Assembler()
         self._newest: tuple[Manifest, bytes] | None = None
+        self._begun: Manifest | None = None
+        self._refused: list[tuple[Manifest, str]] = []
+        self._offsets: dict[int, int] = {}
+        """Where each version's manifest stands in the log."""
+        self._unusable: set[int] = set()
 
     async def start(self, acks: AIOKafkaProducer) -> None:
-        """Read all logs to their present ends and take the versions to be served."""
+        """Read all logs to their present ends and take the versions to be served; raises `KafkaError`."""
         self._acks = acks
-        self._consumer = self._reader()
         await self._consumer.start()
         histories = [TopicPartition(HISTORIES, p) for p in range(self._kafka.partitions)]
         others = [CATALOGUE_PLACE, *histories, WEIGHTS_PLACE]
@@ -69,19 +81,28 @@ class Subscription:
         await self._settle()
 
     async def run(self) -> None:
-        """Follow the logs."""
+        """Follow the logs; raises `KafkaError` where waiting would not help."""
+        settle = False
         while True:
-            if await self._poll(50):
-                await self._settle()
+            try:
+                settle |= await self._poll(50)
+                if settle:
+                    await self._settle()
+                    settle = False
+            except KafkaError as error:
+                if not error.retriable:
+                    raise
+                log.warning("Kafka: %s; trying again", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def stop(self) -> None:
+        """Leave the cluster."""
+        await self._consumer.stop()
 
     async def _read_to_end(self, places: list[TopicPartition]) -> None:
         for place, end in (await self._consumer.end_offsets(places)).items():
             while await self._consumer.position(place) < end:
                 await self._poll(200)
-
-    async def stop(self) -> None:
-        """Leave the cluster."""
-        await self._consumer.stop()
 
     def _reader(self) -> AIOKafkaConsumer:
         return AIOKafkaConsumer(
@@ -102,36 +123,87 @@ class Subscription:
         return settle
 
     def _take(self, place: TopicPartition, record: ConsumerRecord) -> bool:
+        """One record; what cannot be used costs nothing else."""
         try:
             if place == WEIGHTS_PLACE:
-                whole = self._assembler.take(record.value)
-                self._newest = whole or self._newest
-                return whole is not None
+                return self._take_weights(record)
             if place == CONTROL_PLACE:
-                self._arms.control.apply(decode(command_decoder, record.value))
+                self._unusable.clear()  # whoever names a version again wants it tried again
+                if not self._arms.control.apply(decode(command_decoder, record.value)):
+                    log.warning("control offset %d: the command makes no sense", record.offset)
                 return True
             if place == CATALOGUE_PLACE:
+                first = not self._catalogue.codebook
                 self._catalogue.take(record.offset, record.key, record.value)
                 CATALOGUE_ITEMS.set(len(self._catalogue.items))
-            else:
-                self._users.take_history(record.key.decode(), record.value)
-        except (UnreadableError, CatalogueError, WeightError) as error:
+                return first
+            self._users.take_history((record.key or b"").decode(), record.value)
+        except (UnreadableError, CatalogueError, UnicodeDecodeError) as error:
             log.warning("%s offset %d: %s", record.topic, record.offset, error)
         return False
 
+    def _take_weights(self, record: ConsumerRecord) -> bool:
+        number, _, part = (record.key or b"").decode(errors="replace").partition("/")
+        if part == "manifest" and number.isdigit():
+            if record.value is None:
+                self._offsets.pop(int(number), None)
+            else:
+                self._offsets[int(number)] = record.offset
+                self._unusable.discard(int(number))
+                self._begun = _manifest(record.value)
+        try:
+            whole = self._assembler.take(record.value)
+        except WeightError as error:
+            log.error("%s offset %d: %s", record.topic, record.offset, error)
+            if self._begun is not None:
+                self._refused.append((self._begun, str(error)))
+                self._begun = None
+            return True
+        if whole is None:
+            return False
+        self._newest, self._begun = whole, None
+        return True
+
     async def _settle(self) -> None:
-        """Bring every arm to what `control` says, as far as versions can be had."""
-        newest = self._arms.newest
+        """Bring every arm to what `control` says, as far as versions can be had; raises `KafkaError`."""
+        for manifest, reason in self._refused:
+            await self._acknowledge(manifest, reason)
+        self._refused.clear()
+        if not self._catalogue.codebook:
+            return
         if self._newest is not None:
-            manifest, content = self._newest
-            if newest is None or manifest.version > newest.version:
-                self._arms.newest = await self._materialise(manifest, content) or newest
+            await self._take_newest(*self._newest)
             self._newest = None
+        await self._swap({})
         fetched = {}
-        for version in self._arms.missing():
+        for version in self._arms.missing() - self._unusable:
+            policy = await self._fetch(version)
+            if policy is None:
+                self._unusable.add(version)
+            else:
+                fetched[version] = policy
+        if fetched:
+            await self._swap(fetched)
+
+    async def _take_newest(self, manifest: Manifest, content: bytes) -> None:
+        newest = self._arms.newest
+        if newest is not None and manifest.version <= newest.version:
+            return
+        policy = await self._materialise(manifest, content)
+        if policy is None and newest is None:
+            policy = await self._fallback(manifest.version)
+        self._arms.newest = policy or newest
+
+    async def _fallback(self, refused: int) -> ServedPolicy | None:
+        """The newest usable version before one that was refused."""
+        older = sorted((version for version in self._offsets if version < refused), reverse=True)
+        for version in older[:FALLBACKS]:
             policy = await self._fetch(version)
             if policy is not None:
-                fetched[version] = policy
+                return policy
+        return None
+
+    async def _swap(self, fetched: dict[int, ServedPolicy]) -> None:
         for policy in self._arms.settle(fetched):
             await self._acknowledge(policy.manifest, "")
         for arm in self._arms.control.shares:
@@ -140,35 +212,41 @@ class Subscription:
                 SERVED_VERSION.labels(arm).set(served.version)
 
     async def _materialise(self, manifest: Manifest, content: bytes) -> ServedPolicy | None:
+        """Build a version in a thread: requests go on meanwhile."""
+        codebook, codes = self._catalogue.codebook, self._catalogue.valid.codes
         try:
-            return materialise(manifest, content, self._catalogue.codebook)
-        except ValueError as error:
+            return await asyncio.to_thread(materialise, manifest, content, codebook, codes)
+        except WeightError as error:
             log.error("refused: %s", error)
             await self._acknowledge(manifest, str(error))
             return None
 
     async def _fetch(self, version: int) -> ServedPolicy | None:
-        """Read one older version from the log."""
+        """Read one older version from the log; None where it is not there or cannot be used."""
+        first = self._offsets.get(version)
+        if first is None:
+            log.error("control names version %d, which is not in the log", version)
+            return None
         consumer = self._reader()
-        await consumer.start()
         try:
+            await consumer.start()
             consumer.assign([WEIGHTS_PLACE])
-            first = (await consumer.beginning_offsets([WEIGHTS_PLACE]))[WEIGHTS_PLACE]
             end = (await consumer.end_offsets([WEIGHTS_PLACE]))[WEIGHTS_PLACE]
             consumer.seek(WEIGHTS_PLACE, first)
             assembler = Assembler()
             while await consumer.position(WEIGHTS_PLACE) < end:
                 for records in (await consumer.getmany(timeout_ms=200)).values():
-                    for record in records:
-                        whole = assembler.take(record.value)
-                        if whole is not None and whole[0].version == version:
-                            return await self._materialise(*whole)
+                    whole = _first_whole(assembler, records)
+                    if whole is not None:
+                        return (
+                            await self._materialise(*whole) if whole[0].version == version else None
+                        )
         finally:
             await consumer.stop()
-        log.error("control names version %d, which is not in the log", version)
         return None
 
     async def _acknowledge(self, manifest: Manifest, refused: str) -> None:
+        """Say what became of a version; nothing depends on being heard."""
         now = time.time()
         APPLIED.labels("refused" if refused else "applied").inc()
         if not refused:
@@ -181,4 +259,37 @@ class Subscription:
             created_ms=manifest.created_ms,
             applied_ms=int(now * 1000),
         )
-        await asyncio.shield(self._acks.send(WEIGHTS_ACKS, encode(ack), partition=0))
+        try:
+            async with asyncio.timeout(ACK_PATIENCE_S):
+                sent = await self._acks.send(WEIGHTS_ACKS, encode(ack), partition=0)
+        except (KafkaError, TimeoutError) as error:
+            log.warning("version %d is not acknowledged: %r", manifest.version, error)
+            return
+        sent.add_done_callback(_heard)
+
+
+def _manifest(value: bytes) -> Manifest | None:
+    try:
+        part = decode(weights_decoder, value)
+    except UnreadableError:
+        return None
+    return part if isinstance(part, Manifest) else None
+
+
+def _first_whole(
+    assembler: Assembler, records: Iterable[ConsumerRecord]
+) -> tuple[Manifest, bytes] | None:
+    for record in records:
+        try:
+            whole = assembler.take(record.value)
+        except WeightError as error:
+            log.error("%s offset %d: %s", record.topic, record.offset, error)
+            continue
+        if whole is not None:
+            return whole
+    return None
+
+
+def _heard(sent: asyncio.Future[RecordMetadata]) -> None:
+    if not sent.cancelled() and sent.exception() is not None:
+        log.warning("an acknowledgement was lost: %r", sent.exception())

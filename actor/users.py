@@ -2,6 +2,7 @@
 
 So a user's own feedback is in the context of the next request, seconds before the join has closed the request. A
 play leaves the overlay when the history that contains it arrives. Histories are kept packed and read on request.
+Feedback need not name its item: this actor remembers what it showed where in a user's last slates.
 """
 
 from collections import OrderedDict, deque
@@ -18,6 +19,7 @@ from streams.events import (
 )
 
 _OVERLAY = 64  # plays of one user that no history has confirmed yet
+_SLATES = 8  # a user's last slates whose positions are remembered
 
 
 class Users:
@@ -28,23 +30,37 @@ class Users:
         self._histories: dict[str, bytes] = {}
         self._overlay: dict[str, OrderedDict[tuple[str, int], Behaviour]] = {}
         self._shown: dict[str, deque[str]] = {}
+        self._slates: dict[str, OrderedDict[str, list[str]]] = {}
 
     def take_history(self, user: str, value: bytes | None) -> None:
         """A record of `histories`; raises `UnreadableError` and keeps what was there."""
         if value is None:
             self._histories.pop(user, None)
             return
+        history = decode(history_decoder, value)
         overlay = self._overlay.get(user)
         if overlay is not None:
-            for behaviour in decode(history_decoder, value).behaviours:
+            for behaviour in history.behaviours:
                 overlay.pop((behaviour.request, behaviour.position), None)
             if not overlay:
                 del self._overlay[user]
         self._histories[user] = value
 
-    def exposed(self, user: str, items: list[str]) -> None:
-        """This actor showed `items` to `user`."""
+    def exposed(self, user: str, items: list[str], request: str = "") -> None:
+        """This actor showed `items` to `user`, in the order of their positions."""
         self._shown.setdefault(user, deque(maxlen=self._exclude)).extend(items)
+        if request:
+            slates = self._slates.setdefault(user, OrderedDict())
+            slates[request] = items
+            if len(slates) > _SLATES:
+                slates.popitem(last=False)
+
+    def item_of(self, event: Feedback) -> str:
+        """The item that an event is about; empty where neither the event nor this actor knows it."""
+        if event.item or event.user not in self._slates:
+            return event.item
+        slate = self._slates[event.user].get(event.request, [])
+        return slate[event.position] if 0 <= event.position < len(slate) else ""
 
     def feedback(self, event: Feedback, duration_ms: int) -> None:
         """A feedback event, as soon as it is accepted; `duration_ms` is its item's."""
@@ -57,7 +73,7 @@ class Users:
             play = overlay[key] = Behaviour(
                 request=event.request,
                 position=event.position,
-                item=event.item,
+                item=self.item_of(event),
                 end_ms=event.time_ms,
                 play_ms=0,
                 duration_ms=duration_ms,

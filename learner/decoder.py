@@ -20,6 +20,7 @@ Legend: B requests, N context positions (T behaviours and the static one), k tar
 positions, D d_model, E d_embed, H query heads, G key/value heads, d d_head, K codes of a level.
 """
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -179,7 +180,7 @@ class LazyDecoder(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def start_from_centroids(self, centroids: list[NDArray[np.float32]]) -> None:
+    def start_from_centroids(self, centroids: Sequence[NDArray[np.floating]]) -> None:
         """Code embeddings from the codebooks `[K, X]`: one random rotation and one scale for all levels,
         first level's mean norm 4, plus .05 noise."""
         with torch.no_grad():

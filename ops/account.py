@@ -1,17 +1,21 @@
 """Every exposure against its sample, from read-committed scans of the whole log.
 
-`lost` = past its deadline at the final watermark and without a sample; what is not yet due is `open`. Dead-lettered
-exposures stand apart. Nothing is taken from the processes that are being judged, but the watermarks they committed.
+`lost` = read by the join, past its deadline at the watermark that it committed, and without a sample; what is not
+yet due, or not yet read, is `open`. Dead-lettered exposures stand apart. Nothing is taken from the processes that
+are being judged but how far they say that they have come.
 """
 
+import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from kafka import KafkaAdminClient, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka.errors import RetriableError
 
-from streams.clients import records
+from streams.clients import consumer, read
 from streams.events import (
     Exposure,
     Feedback,
@@ -26,6 +30,8 @@ from streams.join import JoinTimes, decide
 from streams.partition import OffsetNote
 from streams.settings import JoinSettings, KafkaSettings
 from streams.topics import DEAD_LETTERS, EXPOSURES, FEEDBACK, SAMPLES, STREAMS_GROUP
+
+COORDINATOR_TRIES = 100
 
 
 @dataclass
@@ -43,43 +49,75 @@ class Account:
     """(time in ms, arm, items shown, -log p per level of the first slot) of every exposure."""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How far the join has committed in one partition: the next offset of each input, and its watermark."""
+
+    exposures: int = 0
+    feedback: int = 0
+    watermark_ms: int = -1
+
+
 def account(kafka: KafkaSettings, join: JoinSettings) -> Account:
     """Read the log and settle; a few seconds per million events."""
     found = Account()
-    for record in records(kafka.bootstrap, DEAD_LETTERS):
-        found.dead_letters[decode(dead_letter_decoder, record.value).reason] += 1
-    for partition in range(kafka.partitions):
-        _settle(found, partition, kafka, join)
+    standings = committed(kafka)
+    client = consumer(kafka.bootstrap)
+    try:
+        client.topics()  # asked for one after the other, each costs a tenth of a second
+        refused: set[tuple[int, int]] = set()
+        for record in read(client, DEAD_LETTERS):
+            letter = decode(dead_letter_decoder, record.value)
+            found.dead_letters[letter.reason] += 1
+            if letter.topic == EXPOSURES:
+                refused.add((letter.partition, letter.offset))
+        for partition in range(kafka.partitions):
+            _settle(found, partition, kafka, join, client, refused, standings[partition])
+    finally:
+        client.close()
     return found
 
 
-def _settle(found: Account, partition: int, kafka: KafkaSettings, join: JoinSettings) -> None:
+def _settle(
+    found: Account,
+    partition: int,
+    kafka: KafkaSettings,
+    join: JoinSettings,
+    client: KafkaConsumer,
+    refused: set[tuple[int, int]],
+    standing: Standing,
+) -> None:
     """One partition."""
     intake = Intake(partition, kafka.partitions, round(join.max_skew_s * 1000))
     sampled: Counter[str] = Counter()
-    for record in records(kafka.bootstrap, SAMPLES, partition):
+    for record in read(client, SAMPLES, partition):
         sampled[decode(sample_decoder, record.value).request] += 1
     found.samples += len(sampled)
     found.duplicated += sum(sampled.values()) - len(sampled)
     without: dict[str, tuple[Exposure, int]] = {}
     known: set[str] = set()
-    for record in records(kafka.bootstrap, EXPOSURES, partition):
+    for record in read(client, EXPOSURES, partition):
         exposure = _read(intake.exposure, record)
+        if (partition, record.offset) in refused:
+            continue
         if not isinstance(exposure, Exposure) or exposure.request in known:
             continue
         known.add(exposure.request)
         found.requests += 1
         found.slots.append(_figures(exposure))
-        if exposure.request not in sampled:
+        if exposure.request in sampled:
+            continue
+        if record.offset < standing.exposures:
             without[exposure.request] = (exposure, record.timestamp)
+        else:
+            found.open += 1
     if not without:
         return
     heard: dict[str, dict[str, Feedback]] = {request: {} for request in without}
-    for record in records(kafka.bootstrap, FEEDBACK, partition):
+    for record in read(client, FEEDBACK, partition, last=standing.feedback):
         event = _read(intake.feedback, record)
         if isinstance(event, Feedback) and event.request in heard:
             heard[event.request].setdefault(event.event, event)
-    watermark = _watermark(kafka, partition)
     times = JoinTimes.of(join)
     for request, (exposure, written_ms) in without.items():
         # a late exposure starts at its arrival, which its record timestamp bounds
@@ -87,7 +125,7 @@ def _settle(found: Account, partition: int, kafka: KafkaSettings, join: JoinSett
         if written_ms - start > times.lateness and start > written_ms - times.horizon:
             start = written_ms
         decision = decide(exposure, start, list(heard[request].values()), times)
-        if decision.decided_ms + times.lateness <= watermark:
+        if decision.decided_ms + times.lateness <= standing.watermark_ms:
             found.lost += 1
             found.lost_requests.append(request)
         else:
@@ -109,26 +147,49 @@ def _figures(exposure: Exposure) -> tuple[int, str, list[str], float | None]:
     return exposure.time_ms, exposure.arm, [item.item for item in exposure.items], surprise
 
 
-def _watermark(kafka: KafkaSettings, partition: int) -> int:
-    """The watermark that the join last committed for a partition."""
-    place = TopicPartition(EXPOSURES, partition)
-    for note in committed_notes(kafka, [place]).values():
-        return min(note.exposures_ms, note.feedback_ms)
-    return -1
+def committed(kafka: KafkaSettings) -> dict[int, Standing]:
+    """How far the join has come, by partition."""
+    numbers = range(kafka.partitions)
+    places = [TopicPartition(topic, n) for topic in (EXPOSURES, FEEDBACK) for n in numbers]
+    offsets = _group_offsets(kafka, places)
+    notes = _notes(offsets)
+    standings = {}
+    for number in numbers:
+        exposures, feedback = (TopicPartition(topic, number) for topic in (EXPOSURES, FEEDBACK))
+        standings[number] = Standing()
+        if exposures in notes:
+            note = notes[exposures]
+            standings[number] = Standing(
+                exposures=offsets[exposures].offset,
+                feedback=max(0, offsets[feedback].offset),
+                watermark_ms=min(note.exposures_ms, note.feedback_ms),
+            )
+    return standings
 
 
 def committed_notes(
     kafka: KafkaSettings, places: list[TopicPartition]
 ) -> dict[TopicPartition, OffsetNote]:
     """What the join wrote beside its committed offsets."""
-    client = KafkaAdminClient(bootstrap_servers=kafka.bootstrap)
-    try:
-        offsets = client.list_group_offsets({STREAMS_GROUP: places})[STREAMS_GROUP]
-    finally:
-        client.close()
+    return _notes(_group_offsets(kafka, places))
+
+
+def _notes(offsets: dict[TopicPartition, Any]) -> dict[TopicPartition, OffsetNote]:
     return {
         place: msgspec.json.decode(offset.metadata, type=OffsetNote)
         for place, offset in offsets.items()
         if offset.metadata
     }
 
+
+def _group_offsets(kafka: KafkaSettings, places: list[TopicPartition]) -> dict[TopicPartition, Any]:
+    """The group's offsets; a cluster where nothing was joined yet makes its coordinator only now."""
+    client = KafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    try:
+        for _ in range(COORDINATOR_TRIES):
+            with suppress(RetriableError):
+                return dict(client.list_group_offsets({STREAMS_GROUP: places})[STREAMS_GROUP])
+            time.sleep(0.1)
+        return {}
+    finally:
+        client.close()

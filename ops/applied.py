@@ -64,13 +64,16 @@ class Applied:
                     self._newest = whole
         return bool(batches)
 
-    def apply(self, codebook: str) -> bool:
-        """Take the newest version, if there is a newer one; raises `WeightError` and keeps the present one."""
+    def apply(self, codebook: str, codes: int) -> bool:
+        """Take the newest version, if there is a newer one; raises `WeightError` and keeps the present one.
+
+        `codebook` is the catalogue's, `codes` are those of a level, as configured.
+        """
         if self._newest is None:
             return False
         manifest, content = self._newest
         self._newest = None
-        self.policy = materialise(manifest, content, codebook)
+        self.policy = materialise(manifest, content, codebook, codes)
         ack = Ack(
             actor=READER,
             version=manifest.version,

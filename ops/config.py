@@ -45,7 +45,6 @@ LOG = {
     "learn.supervised": 1.0,
     "learn.entropy": 0.02,
     "learn.batch_wait_s": 0.2,
-    "learn.publish_every_s": 0.2,
 }
 """The profile of a real log (`pretrain`, `replay`), chosen before the days it is scored on; see docs/replay.md."""
 

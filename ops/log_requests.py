@@ -2,7 +2,7 @@
 
 Notable choices (contract of evidence, "Real logs")
 - One row is one request of the learning arm with one slot, of another system: source and decode mode `other`,
-  no logged probability. Request and event ids are functions of the row: the same log gives the same ids.
+  no logged probability. Ids are functions of what makes a row one: user, video and time.
 - A block ends with its last exposure; what was played meanwhile comes with the blocks it falls into.
 - A request's context is what an actor knew at that moment: histories, overlaid with all feedback of the log up
   to then, that of plays still going on included.
@@ -20,8 +20,6 @@ from learner.context import pack_behaviours
 from ops.feedlog import Event, events
 from streams.control import LEARNING_ARM
 from streams.events import Exposure, Feedback, ShownItem
-from streams.join import JoinTimes, decide
-from streams.settings import JoinSettings
 
 
 @dataclass
@@ -51,6 +49,7 @@ class Requests:
         self._events: Iterator[Event] = events(rows, chosen)
         self._user = [str(user) for user in rows["user"].tolist()]
         self._item = [str(video) for video in rows["video"].tolist()]
+        self._time_ms: list[int] = rows["time_ms"].tolist()
         self._duration_ms: list[int] = rows["duration_ms"].tolist()
         self._users = users
         self._catalogue = catalogue
@@ -81,7 +80,7 @@ class Requests:
         items = self._catalogue.items
         known = self._users.behaviours(user, self._context)
         return Exposure(
-            request=f"log-{row}",
+            request=self._request(row),
             user=user,
             time_ms=time_ms,
             arm=LEARNING_ARM,
@@ -108,10 +107,11 @@ class Requests:
         """What the viewer of a row did."""
         time_ms, kind, row, play_ms = event
         assert kind != "exposure"
+        request = self._request(row)
         return Feedback(
-            event=f"{row}-{kind}-{play_ms}",
+            event=f"{request}-{kind}-{play_ms}",
             user=self._user[row],
-            request=f"log-{row}",
+            request=request,
             position=-1 if kind == "left" else 0,
             item=self._item[row],
             time_ms=time_ms,
@@ -119,31 +119,5 @@ class Requests:
             play_ms=play_ms,
         )
 
-
-class Due:
-    """How many requests the join must have closed at a watermark, by its own rule over the events sent."""
-
-    def __init__(self, join: JoinSettings) -> None:
-        self.closed = 0
-        self._times = JoinTimes.of(join)
-        self._open: dict[str, tuple[Exposure, list[Feedback]]] = {}
-
-    def take(self, event: Exposure | Feedback) -> None:
-        """An event, in event-time order; feedback to a request that closed before changes nothing."""
-        if isinstance(event, Exposure):
-            self._open[event.request] = (event, [])
-        elif event.request in self._open:
-            self._open[event.request][1].append(event)
-
-    def at(self, watermark_ms: int) -> int:
-        """Requests closed so far, once the join's watermark stands there."""
-        for request, (exposure, feedback) in list(self._open.items()):
-            decision = decide(exposure, exposure.time_ms, feedback, self._times)
-            if decision.decided_ms + self._times.lateness <= watermark_ms:
-                del self._open[request]
-                self.closed += 1
-        return self.closed
-
-    def deadline_ms(self, time_ms: int) -> int:
-        """A log time at which every request exposed until `time_ms` has closed."""
-        return time_ms + self._times.cap + self._times.lateness + 1
+    def _request(self, row: int) -> str:
+        return f"{self._user[row]}-{self._item[row]}-{self._time_ms[row]}"

@@ -14,12 +14,13 @@ from kafka import TopicPartition
 
 from streams.clients import consumer
 from streams.control import LEARNING_ARM
-from streams.events import Sample, decode, sample_decoder
+from streams.events import Sample, UnreadableError, decode, sample_decoder
 from streams.settings import KafkaSettings
 from streams.topics import SAMPLES, WEIGHTS_ACKS, WEIGHTS_ANCHORS
 from streams.weights import Ack, Manifest, ack_decoder, weights_decoder
 
 SECONDS_KEPT = 20_000
+VERSIONS_KEPT = 1000
 
 
 @dataclass
@@ -42,10 +43,12 @@ class Observed:
     """Learning samples not yet in an applied version."""
     unpublished: int = 0
     """Partitions whose last sample is in no version yet."""
+    unreadable: int = 0
+    """Records that were passed over."""
 
 
 class Monitor:
-    """The core: takes records of the three topics in the order of each partition."""
+    """The core: takes records of the three topics, each partition in its order, the topics at any pace."""
 
     def __init__(self) -> None:
         self.seen = Observed()
@@ -54,6 +57,13 @@ class Monitor:
         self._cover: dict[int, int] = {}
         self._early: dict[int, Ack] = {}
         self._last: dict[int, int] = {}
+        self._applied: dict[int, deque[tuple[int, int]]] = {}
+        """(covered up to, applied at) of the latest versions, by partition."""
+
+    @property
+    def kept(self) -> int:
+        """Versions that are remembered."""
+        return len(self._covered) + sum(len(applied) for applied in self._applied.values())
 
     def sample(self, partition: int, offset: int, sample: Sample) -> None:
         """A closed request."""
@@ -64,10 +74,15 @@ class Monitor:
         seen.label_wait_s.append((sample.closable_ms - sample.time_ms) / 1000)
         self._last[partition] = offset
         self._count_unpublished()
-        if sample.arm == LEARNING_ARM:
-            waiting = self._waiting.setdefault(partition, deque())
-            waiting.append((offset, sample.closable_ms))
-            seen.pending += 1
+        if sample.arm != LEARNING_ARM:
+            return
+        applied = self._applied.get(partition)
+        if applied and offset < applied[-1][0]:  # the topics were read at different paces
+            first_ms = next(at_ms for upto, at_ms in applied if offset < upto)
+            seen.freshness_s.append((first_ms - sample.closable_ms) / 1000)
+            return
+        self._waiting.setdefault(partition, deque()).append((offset, sample.closable_ms))
+        seen.pending += 1
 
     def manifest(self, manifest: Manifest) -> None:
         """A published version: what its steps took is what it contains."""
@@ -85,16 +100,21 @@ class Monitor:
             self.ack(early)
 
     def ack(self, ack: Ack) -> None:
-        """An actor's word; one that comes before its version is kept for it."""
-        if ack.version not in self._covered:
-            if ack.version > self.seen.version:
-                self._early[ack.version] = ack
-            return
+        """An actor's word; the first to apply a version counts, and one that is before its version is kept."""
         if not ack.applied:
             self.seen.refused += 1
             return
+        if ack.version not in self._covered:
+            if ack.version > self.seen.version:
+                self._early.setdefault(ack.version, ack)
+            return
         self.seen.applied += 1
-        for partition, upto in self._covered.pop(ack.version).items():
+        covered = self._covered[ack.version]
+        for version in [version for version in self._covered if version <= ack.version]:
+            del self._covered[version]  # what skipped versions contained is in this one
+        for partition, upto in covered.items():
+            applied = self._applied.setdefault(partition, deque(maxlen=VERSIONS_KEPT))
+            applied.append((upto, ack.applied_ms))
             waiting = self._waiting.get(partition, deque())
             while waiting and waiting[0][0] < upto:
                 _, closable_ms = waiting.popleft()
@@ -141,7 +161,9 @@ class MonitorThread(threading.Thread):
         with self.lock:
             for place, records in batches.items():
                 for record in records:
-                    self._take(place.topic, record.partition, record.offset, record.key, record.value)
+                    self._take(
+                        place.topic, record.partition, record.offset, record.key, record.value
+                    )
         return len(batches)
 
     def _take(
@@ -149,14 +171,17 @@ class MonitorThread(threading.Thread):
     ) -> None:
         if value is None:
             return
-        if topic == SAMPLES:
-            self.monitor.sample(partition, offset, decode(sample_decoder, value))
-        elif topic == WEIGHTS_ACKS:
-            self.monitor.ack(decode(ack_decoder, value))
-        elif key is not None and key.endswith(b"/manifest"):
-            part = decode(weights_decoder, value)
-            if isinstance(part, Manifest):
-                self.monitor.manifest(part)
+        try:
+            if topic == SAMPLES:
+                self.monitor.sample(partition, offset, decode(sample_decoder, value))
+            elif topic == WEIGHTS_ACKS:
+                self.monitor.ack(decode(ack_decoder, value))
+            elif key is not None and key.endswith(b"/manifest"):
+                part = decode(weights_decoder, value)
+                if isinstance(part, Manifest):
+                    self.monitor.manifest(part)
+        except UnreadableError:
+            self.monitor.seen.unreadable += 1
 
 
 def monitored(kafka: KafkaSettings) -> list[TopicPartition]:

@@ -24,7 +24,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from kafka import TopicPartition
-from kafka.errors import CoordinatorNotAvailableError
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,7 +32,7 @@ from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.checkpoint import load
 from learner.presets import PRESETS
-from ops.account import account, committed_notes
+from ops.account import account, committed
 from ops.applied import Applied
 from ops.cluster import Cluster, held, open_cluster
 from ops.config import Config
@@ -48,18 +47,19 @@ from ops.scoreboard import POLICY, POPULARITY, K, Scoreboard, split_of
 from ops.scoring import BATCH, Ranker
 from ops.start import POLICY_FILE, Start, is_published, publish
 from streams.clients import producer, records
-from streams.events import Exposure, Tick, decode, encode
+from streams.events import Exposure, Tick, UnreadableError, decode, encode
 from streams.intake import partition_of
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, EXPOSURES, FEEDBACK, HISTORIES, WEIGHTS_ANCHORS
-from streams.weights import Manifest, weights_decoder
+from streams.weights import Manifest, WeightError, weights_decoder
 
 WRITER: Final = "replay"
 STALL_S: Final = 120.0
 """A barrier that sees nothing new for this long is broken, not slow."""
 CATCH_UP_S: Final = 15.0
-COORDINATOR_S: Final = 20.0
 SLICE_S: Final = 0.05
+UNBARRED: Final = 256
+"""Rows of a block without barriers: few, because the version may be as old as the block."""
 
 
 def run(
@@ -92,8 +92,8 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(held(Path(config.storage.data_dir)))
         with open_cluster(config, lambda line: console.print(line)) as cluster:
-            _refuse_the_past(cluster.config.kafka, int(log.rows["time_ms"][chosen[0]]))
-            begun, start = _begin(cluster, start_from, directory, console)
+            refuse_the_past(cluster.config.kafka, int(log.rows["time_ms"][chosen[0]]))
+            begun, start = begin(cluster, start_from, directory, console)
             replayer = _Replay(begun, start, console)
             with console.status("reading the watch history"):
                 board = Scoreboard(log.rows[chosen], feed.read_videos(), feed.read_history())
@@ -115,79 +115,6 @@ def run(
     if json_path is not None:
         write_results(json_path, "replay", begun, [config.learn.seed], results, checks)
     return exit_status(checks)
-
-
-def _refuse_the_past(kafka: KafkaSettings, first_ms: int) -> None:
-    """Raise `UserError` when the cluster's join has gone past the log's first row."""
-    reached_ms = _reached_ms(kafka)
-    if reached_ms > first_ms:
-        raise UserError(
-            f"the log begins at {_day(first_ms)}, but this cluster has already come to {_day(reached_ms)}: a "
-            "replay is not repeated or resumed on the same data; name a new directory with --data-dir."
-        )
-
-
-def _reached_ms(kafka: KafkaSettings) -> int:
-    """The largest watermark committed; -1 where there are no exposures yet."""
-    places = [TopicPartition(EXPOSURES, number) for number in range(kafka.partitions)]
-    if not any(True for place in places for _ in records(kafka.bootstrap, *place)):
-        return -1  # asking for the group would only wait for its coordinator to be made
-    give_up = time.monotonic() + COORDINATOR_S
-    while True:
-        try:
-            notes = committed_notes(kafka, places)
-        except CoordinatorNotAvailableError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.2)
-            continue
-        return max((min(n.exposures_ms, n.feedback_ms) for n in notes.values()), default=-1)
-
-
-def _begin(
-    cluster: Cluster, start_from: Path | None, directory: Path, console: Console
-) -> tuple[Config, Path | None]:
-    """A lineage on the cluster: the one that is there, the one named, or one pre-trained now.
-
-    Returns the configuration with the lineage's own shape of the policy, and where a new one starts from.
-    """
-    config = cluster.config
-    kept = Path(config.storage.data_dir) / "start"
-    if is_published(config.kafka):
-        shape = _newest_shape(config.kafka)
-        if start_from is not None and shape is not None:
-            raise UserError(
-                f"a lineage lives on this cluster already, and --start-from {start_from} would begin another: "
-                "leave it out to go on, or name a new directory with --data-dir."
-            )
-        if shape is not None:
-            return replace(config, policy=replace(config.policy, **shape)), None
-    if start_from is not None:
-        start = Start.at(start_from)
-    elif (kept / POLICY_FILE).exists():
-        start = Start.at(kept)
-    else:
-        console.print("no start was named: pre-training one on the watch history")
-        done = pretrained(config, open_log(directory), kept, console)
-        console.print(f"pre-trained: recall@{K} of held-out plays {done.results['held_out']}")
-        start = done.start
-    if not is_published(config.kafka):
-        with console.status("publishing the start"):
-            publish(start, config.kafka)
-    progress = load(start.policy, config.learn, config.learn.lr)[1]
-    shape = {"preset": progress.preset, "codes": progress.codes, "user_rows": progress.user_rows}
-    return replace(config, policy=replace(config.policy, **shape)), start.folder
-
-
-def _newest_shape(kafka: KafkaSettings) -> dict[str, Any] | None:
-    """Preset, codes and user rows of the newest published version."""
-    shape = None
-    for record in records(kafka.bootstrap, WEIGHTS_ANCHORS):
-        if record.value is not None and record.key.endswith(b"/manifest"):
-            manifest = decode(weights_decoder, record.value)
-            if isinstance(manifest, Manifest):
-                shape = {name: getattr(manifest, name) for name in ("preset", "codes", "user_rows")}
-    return shape
 
 
 class _Replay:
@@ -229,7 +156,7 @@ class _Replay:
             first_version = self._version
             with _bar(self._console) as progress, ThreadPoolExecutor(2) as pool:
                 bar = progress.add_task("replaying", total=len(chosen))
-                clock = _Clock(speed, first_ms)
+                clock = Clock(speed, first_ms)
                 try:
                     for block in self._blocks(requests, barrier):
                         if block.rows:
@@ -284,7 +211,7 @@ class _Replay:
     def _blocks(self, requests: Requests, barrier: int) -> Iterator[Block]:
         while True:
             self._poll(0)
-            block = requests.take(barrier or BATCH, self._version)
+            block = requests.take(barrier or UNBARRED, self._version)
             yield block
             if not block.rows:
                 return
@@ -301,7 +228,7 @@ class _Replay:
 
         return np.concatenate(list(pool.map(rank, range(0, len(block.rows), BATCH))))
 
-    def _send(self, block: Block, clock: "_Clock") -> None:
+    def _send(self, block: Block, clock: Clock) -> None:
         """Append a block's events, each when its time has come."""
         for event in block.events:
             clock.wait_for(event.time_ms)
@@ -337,11 +264,16 @@ class _Replay:
 
     def _poll(self, timeout_ms: int) -> bool:
         """Read on; take a new version if there is one."""
-        moved = self._applied.poll(timeout_ms)
+        try:
+            moved = self._applied.poll(timeout_ms)
+            self._applied.apply(self._catalogue.codebook, self._config.policy.codes)
+        except (WeightError, UnreadableError) as error:
+            raise UserError(
+                f"what the learner or the streams wrote cannot be used: {error}."
+            ) from None
         if not moved:
             for role in self._roles:
                 role.check()
-        self._applied.apply(self._catalogue.codebook)
         return moved
 
     def _start_roles(self) -> None:
@@ -374,32 +306,8 @@ class _Replay:
 
     def _at(self, board: Scoreboard) -> str:
         ours, theirs = board.recall(POLICY), board.recall(POPULARITY)
-        now = f"{_day(self._reached_ms)}, version {self._version}"
+        now = f"{moment(self._reached_ms)}, version {self._version}"
         return f"{now}, recall@{K} {ours:.3f} (popularity {theirs:.3f})"
-
-
-class _Clock:
-    """Log time at `speed` log seconds per wall second; without a speed nothing waits."""
-
-    def __init__(self, speed: float | None, first_ms: int) -> None:
-        self._speed = speed
-        self._first_ms = first_ms
-        self._began = time.monotonic()
-
-    def wait_for(self, time_ms: int) -> None:
-        """Return when the log has come to `time_ms`."""
-        if self._speed:
-            due = self._began + (time_ms - self._first_ms) / 1000 / self._speed
-            left = due - time.monotonic()
-            if left > SLICE_S:
-                time.sleep(left)
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """The clock stands still meanwhile."""
-        since = time.monotonic()
-        yield
-        self._began += time.monotonic() - since
 
 
 def _checks(results: dict[str, Any]) -> list[Check]:
@@ -423,12 +331,6 @@ def _checks(results: dict[str, Any]) -> list[Check]:
             Check("recall_50.policy", recall[POLICY], f">= {least:.4f} (popularity)", ok, False)
         )
     return checks
-
-
-def _day(time_ms: int) -> str:
-    """A time as the log's viewers would write it."""
-    moment = datetime.fromtimestamp((time_ms + UTC_OFFSET_MS) / 1000, UTC)
-    return moment.strftime("%d %b %Y %H:%M")
 
 
 def _bar(console: Console) -> Progress:

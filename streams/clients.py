@@ -32,16 +32,23 @@ def records(
     bootstrap: str, topic: str, partition: int = 0, first: int = 0, last: int | None = None
 ) -> Iterator[ConsumerRecord]:
     """Committed records of one partition from offset `first` (or the oldest kept) up to its present end."""
-    place = TopicPartition(topic, partition)
     client = consumer(bootstrap)
     try:
-        client.assign([place])
-        end = client.end_offsets([place])[place] if last is None else last
-        client.seek(place, max(first, client.beginning_offsets([place])[place]))
-        while client.position(place) < end:
-            for batch in client.poll(timeout_ms=200).values():
-                for record in batch:
-                    if record.offset < end:
-                        yield record
+        yield from read(client, topic, partition, first, last)
     finally:
         client.close()
+
+
+def read(
+    client: KafkaConsumer, topic: str, partition: int = 0, first: int = 0, last: int | None = None
+) -> Iterator[ConsumerRecord]:
+    """As `records`, with a consumer that has nothing else to do meanwhile."""
+    place = TopicPartition(topic, partition)
+    client.assign([place])
+    end = client.end_offsets([place])[place] if last is None else last
+    client.seek(place, max(first, client.beginning_offsets([place])[place]))
+    while client.position(place) < end:
+        for batch in client.poll(timeout_ms=200).values():
+            for record in batch:
+                if record.offset < end:
+                    yield record

@@ -264,6 +264,7 @@ class PartitionProcessor:
 
         async def send(topic: str, key: str, value: bytes | None) -> None:
             future = await producer.send(topic, value, key.encode(), partition=self._number)
+            future.add_done_callback(_heard)
             sent.append((topic, key.encode(), value, future))
 
         for sample in output.samples:
@@ -275,7 +276,8 @@ class PartitionProcessor:
         for offset in output.late_closed:
             await send(SHAPING, late_key(offset), None)
         for letter in dead:
-            await producer.send(DEAD_LETTERS, encode(letter), letter.key)
+            future = await producer.send(DEAD_LETTERS, encode(letter), letter.key)
+            future.add_done_callback(_heard)
         exposures_upto = await consumer.position(self._exposures)
         feedback_upto = await consumer.position(self._feedback)
         note = msgspec.json.encode(core.note(exposures_upto, feedback_upto)).decode()
@@ -301,7 +303,8 @@ class PartitionProcessor:
         ):
             if largest < claim:
                 tick = encode(Tick(time_ms=claim, writer=f"streams-{self._number}"))
-                await ticker.send(topic, tick, partition=self._number)
+                future = await ticker.send(topic, tick, partition=self._number)
+                future.add_done_callback(_heard)
 
     def _instruments(self, core: Partition, output: Output) -> None:
         OPEN.labels(str(self._number)).set(core.join.open)
@@ -317,6 +320,12 @@ class PartitionProcessor:
 def transactional_id(partition: int) -> str:
     """Who owns a partition: starting a producer with this id ends its predecessor's ownership."""
     return f"dwell-streams-{partition}"
+
+
+def _heard(sent: asyncio.Future[Any]) -> None:
+    """A record that was not written fails its transaction, which says so; a lost tick is followed by another."""
+    if not sent.cancelled():
+        sent.exception()
 
 
 async def run(

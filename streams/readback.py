@@ -3,17 +3,21 @@
 No offset is reset silently: what is needed and no longer in the log is an error that says so.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.structs import ConsumerRecord
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
+from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from streams.join import NEVER
 from streams.partition import OffsetNote
 from streams.topics import EXPOSURES, FEEDBACK, STREAMS_GROUP
+
+COORDINATOR_TRIES = 100
 
 
 class StreamsError(RuntimeError):
@@ -46,9 +50,7 @@ async def standing(bootstrap: str, partition: int) -> Standing | None:
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
     try:
-        found = await admin.list_consumer_group_offsets(
-            STREAMS_GROUP, partitions=[exposures, feedback]
-        )
+        found = await _offsets(admin, [exposures, feedback])
     finally:
         await admin.close()
     if found[exposures].offset < 0 or found[feedback].offset < 0:
@@ -65,6 +67,23 @@ async def standing(bootstrap: str, partition: int) -> Standing | None:
             "which is not ours; is another program using this group?"
         ) from None
     return Standing(*upto, note)
+
+
+async def _offsets(
+    admin: AIOKafkaAdminClient, places: list[TopicPartition]
+) -> dict[TopicPartition, OffsetAndMetadata]:
+    """The group's offsets; a new cluster needs a moment before it has a coordinator of groups."""
+    for _ in range(COORDINATOR_TRIES):
+        try:
+            found: dict[
+                TopicPartition, OffsetAndMetadata
+            ] = await admin.list_consumer_group_offsets(STREAMS_GROUP, partitions=places)
+            return found
+        except KafkaError as error:
+            if not error.retriable:
+                raise
+        await asyncio.sleep(0.1)
+    raise GroupCoordinatorNotAvailableError("no coordinator of groups")
 
 
 async def read_to_end(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+import pytest
 from kafka import KafkaAdminClient, KafkaConsumer
 
 from ops.admin import ensure_topics
@@ -19,7 +22,27 @@ if TYPE_CHECKING:
 
     from ops.broker import EmbeddedBroker
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 PARTITIONS = 2
+
+_ignored = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+_outage = pytest.mark.usefixtures("outage")
+
+
+def refused(test: Callable[P, T]) -> Callable[P, T]:
+    """Marks a test that is without a broker for a while: kafka-python leaves it to the garbage to close what was
+    refused."""
+    return _ignored(_outage(test))
+
+
+@contextmanager
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Drop kafka-python's log records, which keep its garbage alive, and collect that in the end."""
+    with caplog.at_level(logging.CRITICAL, "kafka"):
+        yield
+        gc.collect()
 
 
 def renewed(broker: EmbeddedBroker) -> KafkaSettings:

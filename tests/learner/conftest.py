@@ -29,4 +29,15 @@ def kafka(own_broker: EmbeddedBroker) -> KafkaSettings:
     """A cluster with all topics, empty."""
     from tests.learner.cluster import renewed
 
+    if not own_broker.alive:
+        own_broker.start()
     return renewed(own_broker)
+
+
+@pytest.fixture
+def outage(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Of tests marked `refused`."""
+    from tests.learner.cluster import quiet
+
+    with quiet(caplog):
+        yield

@@ -1,7 +1,6 @@
 """The learner on a real broker: what it publishes, and what it does after whatever went wrong."""
 
 import copy
-import gc
 import logging
 import re
 import threading
@@ -40,7 +39,7 @@ from streams.events import (
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, CONTROL, DEAD_LETTERS, SAMPLES, WEIGHTS_ANCHORS
 from streams.weights import Manifest, digest_of, record_keys
-from tests.learner.cluster import PARTITIONS, published, writing
+from tests.learner.cluster import PARTITIONS, published, refused, writing
 from tests.learner.makers import NOW_MS, learnable, random_catalogue, upsert
 
 CODES, ROWS = 5, 64
@@ -115,18 +114,6 @@ def lineage(kafka: KafkaSettings, tmp_path: Path) -> Lineage:
 
 def pin(arm: str, version: int) -> Command:
     return Command(id="1", time_ms=0, who="t", why="t", action="pin", arm=arm, version=version)
-
-
-@pytest.fixture
-def outage(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """For tests without a broker: kafka-python leaves it to the garbage to close what was refused, and its log
-    records keep that alive."""
-    with caplog.at_level(logging.CRITICAL, "kafka"):
-        yield
-        gc.collect()
-
-
-refused = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 
 def until(true: Callable[[], bool], patience_s: float = 40.0) -> None:
@@ -553,7 +540,6 @@ def test_a_learner_far_behind_holds_only_so_much_and_takes_all(
 
 
 @refused
-@pytest.mark.usefixtures("outage")
 def test_a_broker_that_restarts_is_waited_for(lineage: Lineage, own_broker: EmbeddedBroker) -> None:
     with lineage.started(HASTY) as learner, running(learner) as ended:
         lineage.write(lineage.samples(8, seed=1))
@@ -574,7 +560,6 @@ def test_a_broker_that_restarts_is_waited_for(lineage: Lineage, own_broker: Embe
 
 
 @refused
-@pytest.mark.usefixtures("outage")
 def test_a_broker_killed_in_the_midst_of_a_publication_costs_no_version(
     lineage: Lineage, own_broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -631,7 +616,6 @@ def test_a_commit_whose_answer_was_lost_is_not_repeated(
 
 
 @refused
-@pytest.mark.usefixtures("outage")
 def test_a_broker_that_does_not_answer_ends_the_learner_in_one_sentence(
     lineage: Lineage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

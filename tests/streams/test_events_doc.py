@@ -1,76 +1,219 @@
-"""docs/events.md says what the code does: every record, every field, nothing that is not there."""
+"""docs/events.md says what the records are: every struct, field by field, and its examples run."""
 
+import inspect
 import re
+import types
 from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+import numpy as np
 import pytest
 
-from streams import events, topics, weights
+import streams.events
+import streams.topics
+import streams.weights
+from streams.clients import producer, records
+from streams.events import (
+    ACTION_BITS,
+    BEHAVIOUR,
+    Exposure,
+    Feedback,
+    Sample,
+    Tick,
+    encode,
+    pack_leaves,
+    unpack_context,
+    unpack_leaves,
+)
+from streams.intake import Intake, partition_of
 from streams.settings import KafkaSettings
+from streams.topics import EXPOSURES, FEEDBACK, SAMPLES, topics
+from tests.streams.makers import T0, exposure
+from tests.streams.shell import Shell
 
-TEXT = (Path(__file__).parents[2] / "docs" / "events.md").read_text()
+DOC = (Path(__file__).parents[2] / "docs" / "events.md").read_text()
+
+STRUCTS = [
+    struct
+    for module in (streams.events, streams.weights)
+    for name, struct in inspect.getmembers(module, inspect.isclass)
+    if issubclass(struct, msgspec.Struct)
+    and struct.__module__ == module.__name__
+    and not name.startswith("_")
+]
 
 
-def structs() -> dict[str, type[msgspec.Struct]]:
-    return {
-        name: kind
-        for module in (events, weights)
-        for name, kind in vars(module).items()
-        if isinstance(kind, type)
-        and issubclass(kind, msgspec.Struct)
-        and kind.__module__ == module.__name__
-        and not name.startswith("_")
+def section(heading: str) -> str:
+    """What stands below a heading, up to the next of its level or above."""
+    level = heading.partition(" ")[0]
+    found = re.search(
+        rf"^{re.escape(heading)}\b.*?$(.*?)(?=^#{{1,{len(level)}}} |\Z)", DOC, re.MULTILINE | re.DOTALL
+    )
+    assert found, f"docs/events.md has no {heading!r}"
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The body of the first table."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def written(hint: Any) -> str:
+    """How the document writes a type."""
+    simple = {int: "integer", float: "float", str: "text", bytes: "binary", bool: "boolean"}
+    if hint in simple:
+        return simple[hint]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "text"
+    if origin in (Union, types.UnionType):
+        return " or ".join("nil" if each is type(None) else written(each) for each in arguments)
+    if origin is list:
+        return f"array of {written(arguments[0])}"
+    if origin is tuple:
+        return "[" + ", ".join(written(each) for each in arguments) + "]"
+    if origin is dict:
+        return f"map of {written(arguments[0])} to {written(arguments[1])}"
+    assert issubclass(hint, msgspec.Struct), hint
+    return str(hint.__name__)
+
+
+def default(field: msgspec.structs.FieldInfo) -> str:
+    """How the document writes a field's default."""
+    if field.default_factory is not msgspec.NODEFAULT:
+        made = field.default_factory()
+        return {list: "[]", dict: "{}"}[type(made)]
+    if field.default is msgspec.NODEFAULT:
+        return "required"
+    value = msgspec.json.encode(field.default).decode()
+    return "nil" if value == "null" else value
+
+
+def test_every_record_is_looked_at() -> None:
+    names = {struct.__name__ for struct in STRUCTS}
+    assert {"Exposure", "Feedback", "Sample", "LateStart", "Manifest", "Ack"} <= names
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_every_field_stands_in_the_document_with_type_and_default(struct: Any) -> None:
+    hints = get_type_hints(struct)
+    expected = [
+        [f"`{field.name}`", written(hints[field.name]), default(field)]
+        for field in msgspec.structs.fields(struct)
+    ]
+    found = rows(section(f"### {struct.__name__}"))
+    assert [row[:3] for row in found] == expected
+    assert all(len(row) == 4 and row[3] for row in found), "each field has a meaning"
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_every_record_is_named_by_its_type(struct: Any) -> None:
+    heading = re.search(rf"^### {struct.__name__}\b.*$", DOC, re.MULTILINE)
+    assert heading
+    tag = struct.__struct_config__.tag
+    assert (f'`type` = "{tag}"' in heading[0]) == (tag is not None)
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_every_word_that_a_field_may_hold_is_named(struct: Any) -> None:
+    for hint in get_type_hints(struct).values():
+        if get_origin(hint) is Literal:
+            missing = [word for word in get_args(hint) if f"`{word}`" not in section(f"### {struct.__name__}")]
+            assert missing == []
+
+
+def test_no_struct_is_described_that_is_not_there() -> None:
+    headings = re.findall(r"^### (\w+) \(", section("## Records"), re.MULTILINE)
+    assert sorted(headings) == sorted(struct.__name__ for struct in STRUCTS)
+
+
+def test_every_topic_stands_in_the_document() -> None:
+    expected = {
+        f"`{topic.name}`": ("P" if topic.partitions == 7 else "1", topic.config["cleanup.policy"])
+        for topic in topics(KafkaSettings(partitions=7))
     }
+    found = {row[0]: (row[1], row[2].partition(",")[0]) for row in rows(section("## Topics"))}
+    assert found == expected
 
 
-def sections() -> dict[str, str]:
-    """The text under each heading, by its first word."""
-    parts = re.split(r"^#+ (\w+)[^\n]*\n", TEXT, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+def test_every_reason_of_a_dead_letter_stands_in_the_document() -> None:
+    code = "".join(
+        (Path(__file__).parents[2] / "streams" / f"{module}.py").read_text()
+        for module in ("events", "intake", "processor")
+    )
+    reasons = set(re.findall(r'UnreadableError\(\s*"(\w+)"', code)) | {"malformed", "unknown_major"}
+    assert {row[0].strip("`") for row in rows(section("## Dead letters"))} == reasons
 
 
-def documented(section: str) -> set[str]:
-    """The names in the first column of a section's table."""
-    rows = re.findall(r"^\| (`[^|]*) \|", section, flags=re.MULTILINE)
-    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+def test_the_bits_of_actions_stand_in_the_document() -> None:
+    found = {row[0].strip("`"): int(row[1]) for row in rows(section("### Actions"))}
+    assert found == ACTION_BITS
 
 
-def test_there_are_records_to_document() -> None:
-    assert {"Exposure", "Sample", "Manifest"} <= set(structs())
+def test_the_layout_of_a_behaviour_stands_in_the_document() -> None:
+    found = [(row[0].strip("`"), int(row[1]), row[2]) for row in rows(section("### A context"))]
+    names = {"<u2": "u16", "<u4": "u32"}
+    expected = []
+    for name in BEHAVIOUR.names or ():
+        kind, offset = (BEHAVIOUR.fields or {})[name][:2]
+        count = f"{kind.shape[0]} x " if kind.shape else ""
+        expected.append((name, offset, count + names[kind.base.str]))
+    assert found == expected
+    assert f"{BEHAVIOUR.itemsize} bytes" in section("### A context")
 
 
-@pytest.mark.parametrize("name", sorted(structs()))
-def test_each_record_has_its_fields_documented_and_no_others(name: str) -> None:
-    fields = {field.name for field in msgspec.structs.fields(structs()[name])}
-    assert documented(sections()[name]) == fields
+def test_packed_arrays_are_what_the_document_says() -> None:
+    """Written and read here with `struct` alone, as another language would."""
+    import struct
+
+    two = struct.pack("<3HHIII", 1, 2, 3, 17, 4000, 30_000, 60_000) * 2
+    found = unpack_context(two)
+    assert len(found) == 2
+    assert found[1].tolist()[0].tolist() == [1, 2, 3]
+    assert found[1].tolist()[1:] == (17, 4000, 30_000, 60_000)
+    leaves = struct.pack("<6H", 1, 2, 3, 40_000, 5, 6)
+    assert unpack_leaves(leaves).tolist() == [[1, 2, 3], [40_000, 5, 6]]
+    assert pack_leaves(np.array([[1, 2, 3], [40_000, 5, 6]])) == leaves
 
 
-@pytest.mark.parametrize("name", sorted(structs()))
-def test_each_record_is_headed_by_its_type(name: str) -> None:
-    tag = structs()[name].__struct_config__.tag
-    if tag is not None:
-        assert re.search(rf"^#+ {name} \(`{tag}`\)$", TEXT, flags=re.MULTILINE)
+def examples() -> dict[str, str]:
+    """The document's programs by the sentence before them."""
+    found = re.findall(r"^(\w[^\n]*):\n+```python\n(.*?)```", DOC, re.MULTILINE | re.DOTALL)
+    return dict(found)
 
 
-def test_each_topic_is_listed() -> None:
-    listed = documented(sections()["Topics"].replace(".", "_").replace("-", "_"))
-    names = {
-        topic.name.replace(".", "_").replace("-", "_") for topic in topics.topics(KafkaSettings())
+def test_the_documents_programs_write_and_read_as_it_says(
+    kafka: KafkaSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = [text.replace("localhost:9092", kafka.bootstrap) for text in examples().values()]
+    write, read = programs
+    before = {
+        topic: {p: len(list(records(kafka.bootstrap, topic, p))) for p in range(kafka.partitions)}
+        for topic in (EXPOSURES, FEEDBACK)
     }
-    assert names <= listed
+    exec(compile(write, "docs/events.md", "exec"), {})
+    events: list[Exposure | Feedback | Tick] = []
+    for partition in range(kafka.partitions):
+        intake = Intake(partition, kafka.partitions, max_skew_ms=5000)
+        for topic, reader in ((EXPOSURES, intake.exposure), (FEEDBACK, intake.feedback)):
+            events += [
+                reader(record.value, record.timestamp)
+                for record in records(kafka.bootstrap, topic, partition, before[topic][partition])
+            ]
+    kinds = [event.kind if isinstance(event, Feedback) else type(event).__name__ for event in events]
+    assert sorted(kinds) == ["Exposure", "begin", "end", "heartbeat", "left", "like"]
+    assert len({event.request for event in events if not isinstance(event, Tick)}) == 1
 
-
-def test_the_packed_context_is_as_long_as_documented() -> None:
-    assert events.BEHAVIOUR.itemsize == 20
-    assert "20 bytes each" in TEXT
-
-
-def test_each_reason_of_a_dead_letter_is_documented() -> None:
-    raised = {
-        reason
-        for path in Path(events.__file__).parent.glob("*.py")
-        for reason in re.findall(r'UnreadableError\(\s*"(\w+)"', path.read_text())
-    }
-    assert len(raised) >= 5
-    assert [reason for reason in sorted(raised) if f"`{reason}`" not in TEXT] == []
+    (sample,) = Shell([exposure("told", T0, 1, user="ann"), T0 + 1000]).run(()).samples
+    assert isinstance(sample, Sample)
+    client = producer(kafka.bootstrap)
+    try:
+        place = partition_of("ann", kafka.partitions)
+        client.send(SAMPLES, encode(sample), partition=place).get(timeout=30)
+    finally:
+        client.close()
+    capsys.readouterr()
+    exec(compile(read, "docs/events.md", "exec"), {})
+    assert "told" in capsys.readouterr().out
