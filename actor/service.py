@@ -8,8 +8,8 @@ and whoever opened it should end the process.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -24,7 +24,7 @@ from actor.policy import Arms, ServedPolicy
 from actor.recommend import Prepared, decode, expose, prepare
 from actor.sampling import Slates
 from actor.settings import ActorSettings
-from actor.subscription import Subscription
+from actor.subscription import STOP_PATIENCE_S, Subscription, leave
 from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.settings import PolicySettings
@@ -40,7 +40,6 @@ SLOTS = Counter("dwell_actor_slots_total", "Slots asked for and filled", ["what"
 EVENTS = Counter("dwell_actor_feedback_total", "Feedback events taken", ["kind"])
 
 KAFKA_PATIENCE_S = 3.0
-STOP_PATIENCE_S = 3.0
 
 
 class ServiceError(RuntimeError):
@@ -105,8 +104,8 @@ class Service:
             except KafkaError as error:
                 raise ServiceError(f"Kafka at {self._kafka.bootstrap}: {_why(error)}") from None
             tasks = [
-                asyncio.create_task(self._watched("reading Kafka", subscription.run())),
-                asyncio.create_task(self._watched("decoding", self._batcher.run())),
+                asyncio.create_task(self._watched("reading Kafka", subscription.run)),
+                asyncio.create_task(self._watched("decoding", self._batcher.run)),
             ]
             try:
                 yield self
@@ -115,10 +114,10 @@ class Service:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _watched(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+    async def _watched(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Work that must not end while the service is open."""
         try:
-            await work
+            await work()
         except Exception as error:
             if not isinstance(error, KafkaError):
                 log.exception("%s ended", what)
@@ -234,11 +233,8 @@ class Service:
 
 async def _stop(producer: AIOKafkaProducer) -> None:
     """Leave; what a broker that is away has not acknowledged was not promised to anybody."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(STOP_PATIENCE_S):
-            await producer.stop()
-            return
-    await producer.client.close()
+    if not await leave(producer.stop(), STOP_PATIENCE_S):
+        await producer.client.close()
 
 
 def _why(error: Exception) -> str:

@@ -12,7 +12,8 @@ Notable choices
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
@@ -40,6 +41,7 @@ CATALOGUE_PLACE = TopicPartition(CATALOGUE, 0)
 
 ACK_PATIENCE_S = 1.0
 RETRY_S = 0.5
+STOP_PATIENCE_S = 3.0
 FALLBACKS = 3  # older versions that an actor tries when it starts on a damaged one
 
 
@@ -97,7 +99,7 @@ class Subscription:
 
     async def stop(self) -> None:
         """Leave the cluster."""
-        await self._consumer.stop()
+        await leave(self._consumer.stop())
 
     async def _read_to_end(self, places: list[TopicPartition]) -> None:
         for place, end in (await self._consumer.end_offsets(places)).items():
@@ -242,7 +244,7 @@ class Subscription:
                             await self._materialise(*whole) if whole[0].version == version else None
                         )
         finally:
-            await consumer.stop()
+            await leave(consumer.stop())
         return None
 
     async def _acknowledge(self, manifest: Manifest, refused: str) -> None:
@@ -266,6 +268,19 @@ class Subscription:
             log.warning("version %d is not acknowledged: %r", manifest.version, error)
             return
         sent.add_done_callback(_heard)
+
+
+async def leave(stop: Coroutine[Any, Any, None], patience_s: float = STOP_PATIENCE_S) -> bool:
+    """Stop one of aiokafka's clients; whether it could.
+
+    While a broker is away a consumer's `stop` ends in its own cancellation, and a producer's waits for ever.
+    """
+    task = asyncio.create_task(stop)
+    await asyncio.wait([task], timeout=patience_s)
+    if not task.done():
+        task.cancel()
+        return False
+    return not task.cancelled() and task.exception() is None
 
 
 def _manifest(value: bytes) -> Manifest | None:

@@ -22,7 +22,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from learner.batch import assemble, fault
 from learner.catalogue import Catalogue
-from learner.checkpoint import Progress, fits, load, to_bytes
+from learner.checkpoint import fits, load, to_bytes
 from learner.journal import Journal, Polled
 from learner.policy import state_of
 from learner.publication import Publisher

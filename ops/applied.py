@@ -22,10 +22,13 @@ READER = "replay"
 class Applied:
     """Follows `samples`, from their present end, and `weights.anchors`."""
 
-    def __init__(self, kafka: KafkaSettings, prior_plays: float) -> None:
-        """`prior_plays` is the weight of the population in a percentile."""
+    def __init__(self, kafka: KafkaSettings, prior_plays: float, since_ms: int) -> None:
+        """`prior_plays` is the weight of the population in a percentile; requests count `since_ms`, log time."""
         self.policy: ServedPolicy | None = None
         """The version applied last."""
+        self.closed = 0
+        """Requests closed of those since the given time."""
+        self._since_ms = since_ms
         self._prior_plays = prior_plays
         self._judged = 0
         self._own_weight = 0.0
@@ -56,6 +59,7 @@ class Applied:
                 if place.topic == SAMPLES:
                     sample = decode(sample_decoder, record.value)
                     self._monitor.sample(record.partition, record.offset, sample)
+                    self.closed += sample.time_ms >= self._since_ms
                     self._weigh(sample)
                     continue
                 whole = self._assembler.take(record.value)

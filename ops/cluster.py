@@ -33,7 +33,9 @@ def held(data_dir: Path) -> Iterator[None]:
         data_dir.mkdir(parents=True, exist_ok=True)
         file = (data_dir / LOCK_FILE).open("w")
     except OSError as error:
-        raise UserError(f"the data directory {data_dir} cannot be used: {error.strerror}.") from None
+        raise UserError(
+            f"the data directory {data_dir} cannot be used: {error.strerror}."
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -66,7 +66,7 @@ def begin(
     else:
         console.print("no start was named: pre-training one on the watch history")
         done = pretrained(config, open_log(directory), kept, console)
-        console.print(f"pre-trained: recall@{K} of held-out plays {done.results['held_out']}")
+        console.print(f"pre-trained; on held-out plays: {done.results['held_out']}")
         start = done.start
     if not is_published(config.kafka):
         with console.status("publishing the start"):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.context import pack_behaviours
+from ops.errors import UserError
 from ops.feedlog import Event, events
 from streams.control import LEARNING_ARM
 from streams.events import Exposure, Feedback, ShownItem
@@ -45,7 +46,10 @@ class Requests:
         catalogue: Catalogue,
         context: int,
     ) -> None:
-        """`chosen` are the indices, ascending, of the rows that become requests."""
+        """`chosen` are the indices, ascending, of the rows that become requests.
+
+        Raises `UserError` for a row whose video is not in the catalogue.
+        """
         self._events: Iterator[Event] = events(rows, chosen)
         self._user = [str(user) for user in rows["user"].tolist()]
         self._item = [str(video) for video in rows["video"].tolist()]
@@ -54,6 +58,12 @@ class Requests:
         self._users = users
         self._catalogue = catalogue
         self._context = context
+        unknown = {self._item[row] for row in chosen.tolist()} - set(catalogue.items)
+        if unknown:
+            raise UserError(
+                f"{len(unknown)} videos of the log are not in the lineage's catalogue, such as {min(unknown)}: "
+                "start from a policy that `dwell pretrain` made of this log's own files."
+            )
 
     def take(self, most: int, policy_version: int) -> Block:
         """The next `most` requests, as served under a version; one without requests is the log's end."""

@@ -94,12 +94,12 @@ def pretrained(config: Config, log: FeedLog, folder: Path, console: Console) -> 
         catalogue = Catalogue(config.policy.codes)
         for offset, upsert in enumerate(upserts):
             catalogue.take(offset, upsert.item.encode(), encode(upsert))
-    with _bar(console) as progress:
-        bar = progress.add_task("pre-training", total=config.pretrain.steps)
+    with bar(console) as progress:
+        task = progress.add_task("pre-training", total=config.pretrain.steps)
 
         def tell(done: int, _: int, loss: float) -> None:
             text = f"pre-training, loss {loss:.3f} nats per level"
-            progress.update(bar, completed=done, description=text)
+            progress.update(task, completed=done, description=text)
 
         model, watched, loss = train(config, codebooks, catalogue, history, videos, before_ms, tell)
     with console.status("measuring on held-out plays, writing the start"):
@@ -211,10 +211,11 @@ def _set_lr(trainer: Trainer, lr: float) -> None:
             group["lr"] = lr
 
 
-def _bar(console: Console) -> Progress:
+def bar(console: Console) -> Progress:
+    """A progress bar of counted things, with what is left of the time."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,

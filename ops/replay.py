@@ -15,49 +15,44 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from kafka import TopicPartition
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actor.users import Users
 from learner.catalogue import Catalogue
-from learner.checkpoint import load
 from learner.presets import PRESETS
-from ops.account import account, committed
+from ops.account import account
 from ops.applied import Applied
-from ops.cluster import Cluster, held, open_cluster
+from ops.cluster import held, open_cluster
 from ops.config import Config
 from ops.errors import UserError
-from ops.feedlog import EXPOSED, UTC_OFFSET_MS, Log, class_counts, classify, open_log
-from ops.log_requests import Block, Due, Requests
-from ops.pretrain import pretrained
+from ops.feedlog import EXPOSED, Log, class_counts, classify, open_log
+from ops.lineage import begin, moment, refuse_the_past
+from ops.log_requests import Block, Requests
+from ops.pacing import Clock, Due
+from ops.pretrain import bar
 from ops.report import quantiles
 from ops.results import Check, exit_status, print_results, write_results
 from ops.roles import Role, children_cpu_s, write_config
 from ops.scoreboard import POLICY, POPULARITY, K, Scoreboard, split_of
 from ops.scoring import BATCH, Ranker
-from ops.start import POLICY_FILE, Start, is_published, publish
 from streams.clients import producer, records
-from streams.events import Exposure, Tick, UnreadableError, decode, encode
+from streams.events import Exposure, Tick, UnreadableError, encode
 from streams.intake import partition_of
-from streams.settings import KafkaSettings
-from streams.topics import CATALOGUE, EXPOSURES, FEEDBACK, HISTORIES, WEIGHTS_ANCHORS
-from streams.weights import Manifest, WeightError, weights_decoder
+from streams.topics import CATALOGUE, EXPOSURES, FEEDBACK, HISTORIES
+from streams.weights import WeightError
 
 WRITER: Final = "replay"
 STALL_S: Final = 120.0
 """A barrier that sees nothing new for this long is broken, not slow."""
 CATCH_UP_S: Final = 15.0
-SLICE_S: Final = 0.05
 UNBARRED: Final = 256
 """Rows of a block without barriers: few, because the version may be as old as the block."""
 
@@ -92,9 +87,10 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(held(Path(config.storage.data_dir)))
         with open_cluster(config, lambda line: console.print(line)) as cluster:
-            refuse_the_past(cluster.config.kafka, int(log.rows["time_ms"][chosen[0]]))
+            first_ms = int(log.rows["time_ms"][chosen[0]])
+            refuse_the_past(cluster.config.kafka, first_ms)
             begun, start = begin(cluster, start_from, directory, console)
-            replayer = _Replay(begun, start, console)
+            replayer = _Replay(begun, start, first_ms, console)
             with console.status("reading the watch history"):
                 board = Scoreboard(log.rows[chosen], feed.read_videos(), feed.read_history())
             results = replayer.live(log.rows, chosen, board, speed, barrier)
@@ -120,16 +116,17 @@ def run(
 class _Replay:
     """One run over one log on one cluster."""
 
-    def __init__(self, config: Config, start: Path | None, console: Console) -> None:
+    def __init__(self, config: Config, start: Path | None, first_ms: int, console: Console) -> None:
         self._config = config
         self._kafka = config.kafka
         self._start = start
+        self._first_ms = first_ms
         self._console = console
         self._folder = Path(config.storage.data_dir) / "run"
         self._roles: list[Role] = []
         self._due = Due(config.join)
         self._reached_ms = 0
-        self._applied = Applied(self._kafka, config.shape.prior_plays)
+        self._applied = Applied(self._kafka, config.shape.prior_plays, first_ms)
         self._producer = producer(self._kafka.bootstrap, linger_ms=10, batch_size=1 << 18)
         self._catalogue = Catalogue(config.policy.codes)
         for record in records(self._kafka.bootstrap, CATALOGUE):
@@ -145,7 +142,6 @@ class _Replay:
     ) -> dict[str, Any]:
         """Start the roles, send and score all rows, stop in order; the figures, of what was done if cut short."""
         torch.set_num_threads(1)
-        first_ms = int(rows["time_ms"][chosen[0]])
         context = PRESETS[self._config.policy.preset].context
         requests = Requests(rows, chosen, self._users(), self._catalogue, context)
         ranker = Ranker(self._catalogue, board.number)
@@ -154,9 +150,9 @@ class _Replay:
             self._start_roles()
             began = time.monotonic()
             first_version = self._version
-            with _bar(self._console) as progress, ThreadPoolExecutor(2) as pool:
-                bar = progress.add_task("replaying", total=len(chosen))
-                clock = Clock(speed, first_ms)
+            with bar(self._console) as progress, ThreadPoolExecutor(2) as pool:
+                task = progress.add_task("replaying", total=len(chosen))
+                clock = Clock(speed, self._first_ms)
                 try:
                     for block in self._blocks(requests, barrier):
                         if block.rows:
@@ -165,7 +161,7 @@ class _Replay:
                         if barrier or not block.rows:
                             with clock.stopped():
                                 self._barrier(at_end=not block.rows)
-                        progress.update(bar, completed=board.done, description=self._at(board))
+                        progress.update(task, completed=board.done, description=self._at(board))
                     whole = True
                 except KeyboardInterrupt:
                     self._console.print("stopping in order")
@@ -192,7 +188,7 @@ class _Replay:
             "trained": seen.trained,
             "outcomes": dict(seen.outcomes),
             "barrier": barrier,
-            **board.results(split_of(first_ms)),
+            **board.results(split_of(self._first_ms)),
             "own_weight": self._applied.own_weight,
             "freshness": quantiles(seen.freshness_s),
             "wall_s": wall_s,
@@ -253,12 +249,12 @@ class _Replay:
         due = self._due.at(watermark_ms)
         seen = self._applied.seen
         quiet = time.monotonic()
-        while seen.samples.total() < due or seen.unpublished:
+        while self._applied.closed < due or seen.unpublished:
             if self._poll(50):
                 quiet = time.monotonic()
             elif time.monotonic() - quiet > STALL_S:
                 raise UserError(
-                    f"nothing has moved for {STALL_S:.0f} s: {seen.samples.total()} of {due} requests are samples, "
+                    f"nothing has moved for {STALL_S:.0f} s: {self._applied.closed} of {due} requests are samples, "
                     f"version {seen.version} is the newest; see {self._folder}."
                 )
 
@@ -306,8 +302,8 @@ class _Replay:
 
     def _at(self, board: Scoreboard) -> str:
         ours, theirs = board.recall(POLICY), board.recall(POPULARITY)
-        now = f"{moment(self._reached_ms)}, version {self._version}"
-        return f"{now}, recall@{K} {ours:.3f} (popularity {theirs:.3f})"
+        now = f"{moment(self._reached_ms)} v{self._version}"
+        return f"{now} recall@{K} {ours:.3f}, popularity {theirs:.3f}"
 
 
 def _checks(results: dict[str, Any]) -> list[Check]:
@@ -331,14 +327,3 @@ def _checks(results: dict[str, Any]) -> list[Check]:
             Check("recall_50.policy", recall[POLICY], f">= {least:.4f} (popularity)", ok, False)
         )
     return checks
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )

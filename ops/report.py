@@ -44,7 +44,9 @@ def rewards(
 ) -> dict[str, Any]:
     """What both arms were worth in the last quarter, from the simulator's lines."""
     late = last_quarter(lines, start_ms, end_ms)
-    by_arm = {arm: [line for line in late if line.arm == arm] for arm in (CONTROL_ARM, LEARNING_ARM)}
+    by_arm = {
+        arm: [line for line in late if line.arm == arm] for arm in (CONTROL_ARM, LEARNING_ARM)
+    }
     compared = lift(by_arm[CONTROL_ARM], by_arm[LEARNING_ARM])
     if compared is None:
         return {}
@@ -136,13 +138,20 @@ def live_checks(results: Mapping[str, Any]) -> list[Check]:
         checks.append(Check(name, value, text, value is not None and ok, correctness=False))
 
     p99 = results["freshness"].p99_s
-    goal("freshness.p99_s", p99, f"< {FRESHNESS_GOAL_S}", p99 is not None and p99 < FRESHNESS_GOAL_S)
+    goal(
+        "freshness.p99_s", p99, f"< {FRESHNESS_GOAL_S}", p99 is not None and p99 < FRESHNESS_GOAL_S
+    )
     if "lift" in results:
         gain = results["lift"]["satisfaction"]
         permuted = results["permuted"]["satisfaction_lift"]["mean"]
         goal("lift.satisfaction.low", gain["low"], "> 0", gain["low"] > 0)
         half = gain["mean"] / 2
-        goal("permuted.satisfaction_lift", permuted, f"<= {half:.3f} (half the lift)", permuted <= half)
+        goal(
+            "permuted.satisfaction_lift",
+            permuted,
+            f"<= {half:.3f} (half the lift)",
+            permuted <= half,
+        )
         goal("fill", results["fill"], f">= {FILL_GOAL}", results["fill"] >= FILL_GOAL)
         closed = results["gap_closed"]["mean"]
         if results["seconds"] >= LONG_RUN_S:

@@ -147,4 +147,3 @@ def _read(path: Path, kind: type[T]) -> T:
         return msgspec.msgpack.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.DecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-

@@ -112,7 +112,9 @@ class _Run:
         served = self._data_dir / "simulator" / "served.jsonl"
         try:
             port = self._start_roles()
-            view = View(monitor, self._ports["streams"], served, self._config.simulate.items, self._console)
+            view = View(
+                monitor, self._ports["streams"], served, self._config.simulate.items, self._console
+            )
             address = f"http://{self._config.actor.host}:{port}"
             self._console.print(f"actor at {address} (API at {address}/docs)")
             if self._demo:
@@ -153,7 +155,9 @@ class _Run:
                 return min(line.time_ms for line in lines)
             self._check()
             time.sleep(0.1)
-        raise UserError(f"no viewer was served within {READY_S:.0f} s; see {self._data_dir / 'run'}.")
+        raise UserError(
+            f"no viewer was served within {READY_S:.0f} s; see {self._data_dir / 'run'}."
+        )
 
     def cpu_seconds(self) -> dict[str, float]:
         """CPU of each role, known after it was stopped."""
@@ -187,7 +191,9 @@ class _Run:
                         return
             except (URLError, OSError):
                 time.sleep(0.1)
-        raise UserError(f"{url} did not answer within {READY_S:.0f} s; see {self._data_dir / 'run'}.")
+        raise UserError(
+            f"{url} did not answer within {READY_S:.0f} s; see {self._data_dir / 'run'}."
+        )
 
     def _check(self) -> None:
         """Raise `UserError` when a part of the loop has ended by itself."""
@@ -219,7 +225,9 @@ def simulated_start(config: Config, folder: Path, console: Console) -> Start:
 
     with Progress(console=console, transient=True) as progress:
         warm = warm_start(config, int(time.time() * 1000), phases(progress))
-    console.print(f"pre-trained on the log of a mediocre policy: loss {warm.loss:.3f} nats per level")
+    console.print(
+        f"pre-trained on the log of a mediocre policy: loss {warm.loss:.3f} nats per level"
+    )
     return write(
         folder,
         warm.checkpoint(),
@@ -262,4 +270,3 @@ def can_listen(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-

@@ -115,9 +115,7 @@ def warm_start(config: Config, now_ms: int, tell: Tell) -> WarmStart:
         codes=config.policy.codes,
         user_rows=config.policy.user_rows,
     )
-    return WarmStart(
-        world, twins, codebooks, upserts, catalogue, seeds, fresh, progress, loss
-    )
+    return WarmStart(world, twins, codebooks, upserts, catalogue, seeds, fresh, progress, loss)
 
 
 def catalogue_of(world: World, codebooks: Codebooks) -> list[Upsert]:
@@ -198,9 +196,7 @@ def _actions(play: object) -> int:
     return sum(bit for name, bit in ACTION_BITS.items() if getattr(play, name))
 
 
-def _joined(
-    visit: LogVisit, user: str, arm: str, context: bytes, catalogue: Catalogue
-) -> Joined:
+def _joined(visit: LogVisit, user: str, arm: str, context: bytes, catalogue: Catalogue) -> Joined:
     """A slate of the log as a closed request: every slot was watched to its end."""
     return Joined(
         exposure=Exposure(

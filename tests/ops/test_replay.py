@@ -100,6 +100,11 @@ def test_blocks_together_hold_every_event_once_in_event_time_order() -> None:
     assert [e.policy_version for e in exposures] == [0] * 32 + [1] * 32 + [2] * 32 + [3] * 4
 
 
+def test_a_log_of_videos_that_the_catalogue_lacks_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"2 videos of the log are not in the .* such as 16"):
+        requests_of(rows_of((1, 5, 1000, 0), (1, 17, 1001, 0), (1, 16, 1002, 0)))
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     st.lists(
@@ -133,6 +138,19 @@ def test_what_is_due_at_a_watermark_is_what_the_join_closes(
         if not block.rows:
             break
     assert closed == len(rows)
+
+
+def test_the_clock_sends_at_its_speed_and_stands_still_at_barriers() -> None:
+    clock = Clock(100.0, 5000)
+    began = time.monotonic()
+    clock.wait_for(5000)
+    assert time.monotonic() - began < 0.05
+    with clock.stopped():
+        time.sleep(0.1)
+    clock.wait_for(15_000)  # 10 s of the log
+    assert 0.19 < time.monotonic() - began < 0.5
+    Clock(None, 0).wait_for(10**12)
+    assert time.monotonic() - began < 0.5
 
 
 # Scoring
@@ -323,7 +341,9 @@ def test_each_block_is_scored_with_a_version_that_knows_the_blocks_before(
 def test_a_replay_is_not_repeated_on_the_same_data(replayed: dict[str, Any]) -> None:
     folder: Path = replayed["folder"]
     config = load(sets=["kafka.partitions=2", f"storage.data_dir={folder / 'data'}"]).config
-    with pytest.raises(UserError, match=r"already come to 2[78] Apr 2022.* not repeated or resumed"):
+    with pytest.raises(
+        UserError, match=r"already come to 2[78] Apr 2022.* not repeated or resumed"
+    ):
         run(config, folder / "log", None, 64, None, None, None)
 
 

@@ -1,7 +1,6 @@
 """The whole loop, as a user runs it: `dwell up --demo` in its own processes on its own broker."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -133,7 +132,7 @@ def test_a_data_directory_of_another_cluster_is_refused_and_left_alone(
     (tmp_path / "cluster.json").write_text('{"cluster_id": "somebody-elses"}')
     said = refused("up", "--demo", f"--data-dir={tmp_path}", f"--bootstrap={bootstrap}")
     assert "somebody-elses" in said
-    assert sorted(os.listdir(tmp_path)) == ["cluster.json", "lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.json", "lock"]
 
 
 def test_up_without_a_policy_says_where_one_comes_from(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import msgspec
 import numpy as np
 import pytest
+from kafka import TopicPartition
 
 import streams.events
 import streams.topics
 import streams.weights
-from streams.clients import producer, records
+from streams.clients import consumer, producer, read
 from streams.events import (
     ACTION_BITS,
     BEHAVIOUR,
@@ -48,7 +49,9 @@ def section(heading: str) -> str:
     """What stands below a heading, up to the next of its level or above."""
     level = heading.partition(" ")[0]
     found = re.search(
-        rf"^{re.escape(heading)}\b.*?$(.*?)(?=^#{{1,{len(level)}}} |\Z)", DOC, re.MULTILINE | re.DOTALL
+        rf"^{re.escape(heading)}\b.*?$(.*?)(?=^#{{1,{len(level)}}} |\Z)",
+        DOC,
+        re.MULTILINE | re.DOTALL,
     )
     assert found, f"docs/events.md has no {heading!r}"
     return found[1]
@@ -62,7 +65,13 @@ def rows(text: str) -> list[list[str]]:
 
 def written(hint: Any) -> str:
     """How the document writes a type."""
-    simple = {int: "integer", float: "float", str: "text", bytes: "binary", bool: "boolean"}
+    simple: dict[Any, str] = {
+        int: "integer",
+        float: "float",
+        str: "text",
+        bytes: "binary",
+        bool: "boolean",
+    }
     if hint in simple:
         return simple[hint]
     origin, arguments = get_origin(hint), get_args(hint)
@@ -83,8 +92,7 @@ def written(hint: Any) -> str:
 def default(field: msgspec.structs.FieldInfo) -> str:
     """How the document writes a field's default."""
     if field.default_factory is not msgspec.NODEFAULT:
-        made = field.default_factory()
-        return {list: "[]", dict: "{}"}[type(made)]
+        return msgspec.json.encode(field.default_factory()).decode()
     if field.default is msgspec.NODEFAULT:
         return "required"
     value = msgspec.json.encode(field.default).decode()
@@ -120,7 +128,11 @@ def test_every_record_is_named_by_its_type(struct: Any) -> None:
 def test_every_word_that_a_field_may_hold_is_named(struct: Any) -> None:
     for hint in get_type_hints(struct).values():
         if get_origin(hint) is Literal:
-            missing = [word for word in get_args(hint) if f"`{word}`" not in section(f"### {struct.__name__}")]
+            missing = [
+                word
+                for word in get_args(hint)
+                if f"`{word}`" not in section(f"### {struct.__name__}")
+            ]
             assert missing == []
 
 
@@ -157,7 +169,7 @@ def test_the_layout_of_a_behaviour_stands_in_the_document() -> None:
     names = {"<u2": "u16", "<u4": "u32"}
     expected = []
     for name in BEHAVIOUR.names or ():
-        kind, offset = (BEHAVIOUR.fields or {})[name][:2]
+        kind, offset = dict(BEHAVIOUR.fields or {})[name][:2]
         count = f"{kind.shape[0]} x " if kind.shape else ""
         expected.append((name, offset, count + names[kind.base.str]))
     assert found == expected
@@ -188,21 +200,26 @@ def test_the_documents_programs_write_and_read_as_it_says(
     kafka: KafkaSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     programs = [text.replace("localhost:9092", kafka.bootstrap) for text in examples().values()]
-    write, read = programs
-    before = {
-        topic: {p: len(list(records(kafka.bootstrap, topic, p))) for p in range(kafka.partitions)}
+    write, follow = programs
+    reader = consumer(kafka.bootstrap)
+    reader.topics()
+    places = [
+        TopicPartition(topic, partition)
         for topic in (EXPOSURES, FEEDBACK)
-    }
+        for partition in range(kafka.partitions)
+    ]
+    before = reader.end_offsets(places)
     exec(compile(write, "docs/events.md", "exec"), {})
     events: list[Exposure | Feedback | Tick] = []
-    for partition in range(kafka.partitions):
-        intake = Intake(partition, kafka.partitions, max_skew_ms=5000)
-        for topic, reader in ((EXPOSURES, intake.exposure), (FEEDBACK, intake.feedback)):
-            events += [
-                reader(record.value, record.timestamp)
-                for record in records(kafka.bootstrap, topic, partition, before[topic][partition])
-            ]
-    kinds = [event.kind if isinstance(event, Feedback) else type(event).__name__ for event in events]
+    for place in places:
+        intake = Intake(place.partition, kafka.partitions, max_skew_ms=5000)
+        take: Any = intake.exposure if place.topic == EXPOSURES else intake.feedback
+        found = read(reader, place.topic, place.partition, before[place])
+        events += [take(record.value, record.timestamp) for record in found]
+    reader.close()
+    kinds = [
+        event.kind if isinstance(event, Feedback) else type(event).__name__ for event in events
+    ]
     assert sorted(kinds) == ["Exposure", "begin", "end", "heartbeat", "left", "like"]
     assert len({event.request for event in events if not isinstance(event, Tick)}) == 1
 
@@ -215,5 +232,5 @@ def test_the_documents_programs_write_and_read_as_it_says(
     finally:
         client.close()
     capsys.readouterr()
-    exec(compile(read, "docs/events.md", "exec"), {})
+    exec(compile(follow, "docs/events.md", "exec"), {})
     assert "told" in capsys.readouterr().out

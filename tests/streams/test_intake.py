@@ -104,6 +104,12 @@ def test_fields_and_minors_not_known_yet_are_ignored() -> None:
     assert INTAKE.feedback(msgspec.msgpack.encode(wire), T0) == feedback(v="1.9")
 
 
+def test_a_float_may_be_written_as_an_integer_and_an_integer_not_as_a_float() -> None:
+    wire = msgspec.msgpack.decode(encode(exposure()))
+    assert INTAKE.exposure(msgspec.msgpack.encode(wire | {"temperature": 1}), T0) == exposure()
+    assert refused(msgspec.msgpack.encode(wire | {"time_ms": float(T0)}))[0] == "malformed"
+
+
 def test_an_event_further_ahead_of_its_record_than_the_skew_is_from_the_future() -> None:
     at_most = feedback(time_ms=T0 + SKEW_MS)
     assert INTAKE.feedback(encode(at_most), T0) == at_most
