@@ -133,6 +133,7 @@ def test_a_data_directory_of_another_cluster_is_refused_and_left_alone(
     said = refused("up", "--demo", f"--data-dir={tmp_path}", f"--bootstrap={bootstrap}")
     assert "somebody-elses" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.json", "lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.json", "lock"]
 
 
 def test_up_without_a_policy_says_where_one_comes_from(tmp_path: Path) -> None:
