@@ -56,7 +56,7 @@ def to_bytes(trainer: Trainer, progress: Progress, codebooks: Codebooks) -> byte
     note = msgspec.json.encode(progress).decode()
     return save(
         {name: value.contiguous() for name, value in tensors.items()},
-        metadata={"format": FORMAT, "progress": note},
+        metadata={FORMAT: note},  # one key: safetensors writes several in any order
     )
 
 
@@ -85,9 +85,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
-            if meta.get("format") != FORMAT or "progress" not in meta:
+            if FORMAT not in meta:
                 raise CheckpointError(f"{path}: not a {FORMAT} file")
-            return {name: file.get_tensor(name) for name in file.keys()}, meta["progress"]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, meta[FORMAT]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {_in_one_line(error)}") from None
 

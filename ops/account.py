@@ -43,6 +43,8 @@ class Account:
     lost: int = 0
     duplicated: int = 0
     open: int = 0
+    unreadable: int = 0
+    """Records on `samples` that are none."""
     dead_letters: Counter[str] = field(default_factory=Counter)
     lost_requests: list[str] = field(default_factory=list)
     slots: list[tuple[int, str, list[str], float | None]] = field(default_factory=list)
@@ -91,7 +93,10 @@ def _settle(
     intake = Intake(partition, kafka.partitions, round(join.max_skew_s * 1000))
     sampled: Counter[str] = Counter()
     for record in read(client, SAMPLES, partition):
-        sampled[decode(sample_decoder, record.value).request] += 1
+        try:
+            sampled[decode(sample_decoder, record.value).request] += 1
+        except UnreadableError:
+            found.unreadable += 1
     found.samples += len(sampled)
     found.duplicated += sum(sampled.values()) - len(sampled)
     without: dict[str, tuple[Exposure, int]] = {}

@@ -46,7 +46,7 @@ LOG = {
     "learn.entropy": 0.02,
     "learn.batch_wait_s": 0.2,
 }
-"""The profile of a real log (`pretrain`, `replay`), chosen before the days it is scored on; see docs/replay.md."""
+"""The profile of a real log (`pretrain`, `replay`); how it was chosen is in docs/replay.md."""
 
 _AT_MOST = (
     ("join.window_s", "join.cap_s"),

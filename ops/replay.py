@@ -96,7 +96,8 @@ def run(
             results = replayer.live(log.rows, chosen, board, speed, barrier)
             cpu.update(replayer.cpu_seconds())
             before = children_cpu_s()
-        cpu["broker"] = children_cpu_s() - before
+        if cluster.broker is not None:
+            cpu["broker"] = children_cpu_s() - before
     cpu["replay"] = time.process_time() - mine
     counts = class_counts(log, codes)
     results = {

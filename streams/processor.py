@@ -264,7 +264,6 @@ class PartitionProcessor:
 
         async def send(topic: str, key: str, value: bytes | None) -> None:
             future = await producer.send(topic, value, key.encode(), partition=self._number)
-            future.add_done_callback(_heard)
             sent.append((topic, key.encode(), value, future))
 
         for sample in output.samples:
@@ -276,8 +275,7 @@ class PartitionProcessor:
         for offset in output.late_closed:
             await send(SHAPING, late_key(offset), None)
         for letter in dead:
-            future = await producer.send(DEAD_LETTERS, encode(letter), letter.key)
-            future.add_done_callback(_heard)
+            await producer.send(DEAD_LETTERS, encode(letter), letter.key)
         exposures_upto = await consumer.position(self._exposures)
         feedback_upto = await consumer.position(self._feedback)
         note = msgspec.json.encode(core.note(exposures_upto, feedback_upto)).decode()
@@ -303,8 +301,7 @@ class PartitionProcessor:
         ):
             if largest < claim:
                 tick = encode(Tick(time_ms=claim, writer=f"streams-{self._number}"))
-                future = await ticker.send(topic, tick, partition=self._number)
-                future.add_done_callback(_heard)
+                await ticker.send(topic, tick, partition=self._number)
 
     def _instruments(self, core: Partition, output: Output) -> None:
         OPEN.labels(str(self._number)).set(core.join.open)
@@ -322,10 +319,10 @@ def transactional_id(partition: int) -> str:
     return f"dwell-streams-{partition}"
 
 
-def _heard(sent: asyncio.Future[Any]) -> None:
-    """A record that was not written fails its transaction, which says so; a lost tick is followed by another."""
-    if not sent.cancelled():
-        sent.exception()
+def _unheard(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A failed transaction is told once: aiokafka leaves the same error in every record it held."""
+    if not isinstance(context.get("exception"), KafkaError):
+        loop.default_exception_handler(context)
 
 
 async def run(
@@ -341,6 +338,7 @@ async def run(
     Raises `OwnershipLostError` when another process took a partition over, another `StreamsError` when its logs
     cannot be gone on with, `StoreError` when its local state cannot be opened.
     """
+    asyncio.get_running_loop().set_exception_handler(_unheard)
     ticker = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=0)
     await ticker.start()
     try:
@@ -348,7 +346,7 @@ async def run(
             for partition in partitions:
                 processor = PartitionProcessor(partition, kafka, join, shape, streams, state_dir)
                 group.create_task(processor.run(ticker))
-    except* Exception as failed:
+    except ExceptionGroup as failed:  # not except*: before Python 3.11.4 what it raises is a group again
         raise failed.exceptions[0] from None
     finally:
         await ticker.stop()

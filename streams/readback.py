@@ -53,10 +53,11 @@ async def standing(bootstrap: str, partition: int) -> Standing | None:
         found = await _offsets(admin, [exposures, feedback])
     finally:
         await admin.close()
-    if found[exposures].offset < 0 or found[feedback].offset < 0:
+    at = [found.get(place) for place in (exposures, feedback)]
+    if at[0] is None or at[1] is None or at[0].offset < 0 or at[1].offset < 0:
         return None
-    upto = found[exposures].offset, found[feedback].offset
-    text = str(found[exposures].metadata or "")
+    upto = at[0].offset, at[1].offset
+    text = str(at[0].metadata or "")
     try:
         note = (
             msgspec.json.decode(text, type=OffsetNote) if text else OffsetNote(NEVER, NEVER, *upto)

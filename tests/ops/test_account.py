@@ -248,6 +248,15 @@ def test_a_late_exposure_is_not_lost_before_its_window_after_arrival_has_passed(
     assert log.found()["lost"] == 1
 
 
+def test_what_is_no_sample_is_counted_and_passed_over(log: Log) -> None:
+    upto = log.expose("good")
+    log.write(SAMPLES, b"not a sample")
+    log.close("good")
+    log.commit(upto, 0, DUE)
+    assert log.found()["lost"] == 0
+    assert log.settle().unreadable == log.before.unreadable + 1
+
+
 def test_the_slots_of_every_exposure_are_told(log: Log) -> None:
     log.expose("told", arm="control")
     told = log.settle().slots[len(log.before.slots) :]
