@@ -16,6 +16,7 @@ import asyncio
 import heapq
 import logging
 import time
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,13 @@ class PartitionProcessor:
         for topic in CHANGELOGS:
             place = TopicPartition(topic, self._number)
             try:
-                async for records in read_to_end(
-                    self._kafka.bootstrap, place, state.position(topic)
-                ):
-                    state.apply(
-                        LogRecord(topic, record.offset, record.value, record.key or b"")
-                        for record in records
-                    )
+                rest = read_to_end(self._kafka.bootstrap, place, state.position(topic))
+                async with aclosing(rest) as batches:
+                    async for records in batches:
+                        state.apply(
+                            LogRecord(topic, record.offset, record.value, record.key or b"")
+                            for record in records
+                        )
             except UnreadableError as error:
                 raise StreamsError(f"{topic} partition {self._number}: {error}") from None
 
@@ -156,9 +157,10 @@ class PartitionProcessor:
             if upto < begins[place]:
                 raise gap(place, upto, begins[place])
             if first < upto:
-                async for records in read_to_end(bootstrap, place, first, upto):
-                    for record in records:
-                        self._replay(core, record, note)
+                async with aclosing(read_to_end(bootstrap, place, first, upto)) as batches:
+                    async for records in batches:
+                        for record in records:
+                            self._replay(core, record, note)
             consumer.seek(place, upto)
         core.resume(note, committed.feedback)
 
@@ -340,13 +342,13 @@ async def run(
     """
     asyncio.get_running_loop().set_exception_handler(_unheard)
     ticker = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=0)
-    await ticker.start()
     try:
+        await ticker.start()
         async with asyncio.TaskGroup() as group:
             for partition in partitions:
                 processor = PartitionProcessor(partition, kafka, join, shape, streams, state_dir)
                 group.create_task(processor.run(ticker))
-    except ExceptionGroup as failed:  # not except*: before Python 3.11.4 what it raises is a group again
+    except ExceptionGroup as failed:  # except* would group it again before Python 3.11.4
         raise failed.exceptions[0] from None
     finally:
         await ticker.stop()

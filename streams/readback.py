@@ -4,7 +4,7 @@ No offset is reset silently: what is needed and no longer in the log is an error
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import msgspec
@@ -48,16 +48,15 @@ async def standing(bootstrap: str, partition: int) -> Standing | None:
     """
     exposures, feedback = TopicPartition(EXPOSURES, partition), TopicPartition(FEEDBACK, partition)
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-    await admin.start()
     try:
+        await admin.start()
         found = await _offsets(admin, [exposures, feedback])
     finally:
         await admin.close()
-    at = [found.get(place) for place in (exposures, feedback)]
-    if at[0] is None or at[1] is None or at[0].offset < 0 or at[1].offset < 0:
+    if found[exposures].offset < 0 or found[feedback].offset < 0:
         return None
-    upto = at[0].offset, at[1].offset
-    text = str(at[0].metadata or "")
+    upto = found[exposures].offset, found[feedback].offset
+    text = str(found[exposures].metadata or "")
     try:
         note = (
             msgspec.json.decode(text, type=OffsetNote) if text else OffsetNote(NEVER, NEVER, *upto)
@@ -73,13 +72,17 @@ async def standing(bootstrap: str, partition: int) -> Standing | None:
 async def _offsets(
     admin: AIOKafkaAdminClient, places: list[TopicPartition]
 ) -> dict[TopicPartition, OffsetAndMetadata]:
-    """The group's offsets; a new cluster needs a moment before it has a coordinator of groups."""
+    """The group's offsets, -1 where there is none.
+
+    A cluster needs a moment before it has a coordinator of groups, and a coordinator one before it has read its
+    log. aiokafka answers the second with nothing at all: taken for "nothing committed", it would begin anew.
+    """
+    found: dict[TopicPartition, OffsetAndMetadata]
     for _ in range(COORDINATOR_TRIES):
         try:
-            found: dict[
-                TopicPartition, OffsetAndMetadata
-            ] = await admin.list_consumer_group_offsets(STREAMS_GROUP, partitions=places)
-            return found
+            found = await admin.list_consumer_group_offsets(STREAMS_GROUP, partitions=places)
+            if found.keys() >= set(places):
+                return found
         except KafkaError as error:
             if not error.retriable:
                 raise
@@ -89,7 +92,7 @@ async def _offsets(
 
 async def read_to_end(
     bootstrap: str, place: TopicPartition, first: int, upto: int | None = None
-) -> AsyncIterator[list[ConsumerRecord]]:
+) -> AsyncGenerator[list[ConsumerRecord], None]:
     """Committed records of one partition from `first`, or the oldest kept, to the present end.
 
     With `upto`, exactly those below it; raises `LogGapError` when the log no longer has them all.
@@ -101,8 +104,8 @@ async def read_to_end(
         isolation_level="read_committed",
         max_partition_fetch_bytes=16 << 20,
     )
-    await consumer.start()
     try:
+        await consumer.start()
         consumer.assign([place])
         begins = (await consumer.beginning_offsets([place]))[place]
         if upto is not None and first < begins:

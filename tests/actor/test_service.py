@@ -443,6 +443,7 @@ async def test_while_the_broker_is_away_nothing_is_acknowledged_and_then_it_goes
     world.publish(1)
     async with acting(world) as actor:
         good = (await actor.recommend(LEARNING)).json
+        world.close()
         await asyncio.to_thread(own_broker.stop)
         for _ in range(2):
             for answer in (
@@ -476,6 +477,7 @@ async def test_an_actor_can_leave_while_the_broker_is_away(
     world.fill_catalogue()
     world.publish(1)
     async with acting(world) as actor:
+        world.close()
         await asyncio.to_thread(own_broker.stop)
         assert (await actor.recommend(LEARNING)).status == 503
         left = time.monotonic()

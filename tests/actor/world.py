@@ -59,17 +59,21 @@ class World:
     def __init__(self, kafka: KafkaSettings) -> None:
         self.kafka = kafka
         self.states: dict[int, State] = {}
-        self._client: KafkaProducer = producer(
-            kafka.bootstrap, transactional_id="world", max_request_size=1 << 20
-        )
-        self._client.init_transactions()
+        self._client: KafkaProducer | None = None
 
     def close(self) -> None:
-        """Leave the cluster."""
-        self._client.close(timeout=5)
+        """Leave the cluster; the next write comes back."""
+        if self._client is not None:
+            self._client.close(timeout=5)
+            self._client = None
 
     def write(self, *parts: tuple[str, bytes | None, bytes | None], partition: int = 0) -> None:
         """Topic, key and value of each record, in one transaction."""
+        if self._client is None:
+            self._client = producer(
+                self.kafka.bootstrap, transactional_id="world", max_request_size=1 << 20
+            )
+            self._client.init_transactions()
         self._client.begin_transaction()
         for topic, key, value in parts:
             self._client.send(topic, value, key, partition=partition)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -39,10 +41,17 @@ def refused(test: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Drop kafka-python's log records, which keep its garbage alive, and collect that in the end."""
+    """Drop kafka-python's log records, which keep its garbage alive; in the end wait for its threads, and collect."""
     with caplog.at_level(logging.CRITICAL, "kafka"):
         yield
+        deadline = time.monotonic() + 30
+        while _sending() and time.monotonic() < deadline:
+            time.sleep(0.05)
         gc.collect()
+
+
+def _sending() -> bool:
+    return any(thread.name.endswith("-network-thread") for thread in threading.enumerate())
 
 
 def renewed(broker: EmbeddedBroker) -> KafkaSettings:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from learner.batch import Batch, assemble
 from learner.catalogue import Catalogue
-from learner.checkpoint import CheckpointError, Progress, fits, load, to_bytes
+from learner.checkpoint import FORMAT, CheckpointError, Progress, fits, load, to_bytes
 from learner.policy import build
 from learner.semantic_ids import Codebooks, fit
 from learner.settings import LearnSettings, PolicySettings
@@ -169,25 +169,27 @@ def foreign(path: Path) -> None:
 
 
 def other_format(path: Path) -> None:
-    rewritten(path, {}, format="dwell-checkpoint-9")
+    with safe_open(path, framework="pt") as file:
+        note = file.metadata()[FORMAT]
+    rewritten(path, {}, **{FORMAT: None, "dwell-checkpoint-9": note})
 
 
 def no_progress(path: Path) -> None:
-    rewritten(path, {}, progress=None)
+    rewritten(path, {}, **{FORMAT: None})
 
 
 def bad_progress(path: Path) -> None:
-    rewritten(path, {}, progress='{"version": "three"}')
+    rewritten(path, {}, **{FORMAT: '{"version": "three"}'})
 
 
 def unknown_preset(path: Path) -> None:
     note = '{"version":1,"lineage":"l","preset":"huge","codes":5,"user_rows":64}'
-    rewritten(path, {}, progress=note)
+    rewritten(path, {}, **{FORMAT: note})
 
 
 def other_codes(path: Path) -> None:
     note = '{"version":1,"lineage":"l","preset":"tiny","codes":6,"user_rows":64}'
-    rewritten(path, {}, progress=note)
+    rewritten(path, {}, **{FORMAT: note})
 
 
 def no_weight(path: Path) -> None:

@@ -113,7 +113,10 @@ async def sampled(kafka: KafkaSettings, partition: int, count: int) -> list[Samp
         found[:] = await samples(kafka, partition)
         return len(found) >= count
 
-    await until(enough)
+    try:
+        await until(enough)
+    except AssertionError as error:
+        raise AssertionError(f"{len(found)} of {count} samples {error}") from None
     return found
 
 
