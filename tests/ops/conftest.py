@@ -14,6 +14,6 @@ def made_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaSettings
     from ops.broker import EmbeddedBroker
 
     with EmbeddedBroker(tmp_path_factory.mktemp("log")) as running:
-        settings = KafkaSettings(bootstrap=running.bootstrap, partitions=8)
+        settings = KafkaSettings(bootstrap=running.bootstrap, partitions=32)
         ensure_topics(running.bootstrap, settings)
         yield settings

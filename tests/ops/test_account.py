@@ -112,7 +112,7 @@ class Log:
     def __post_init__(self) -> None:
         self.user = next(
             f"user-{n}"
-            for n in range(99)
+            for n in range(9999)
             if partition_of(f"user-{n}", self.kafka.partitions) == self.number
         )
         self.before = self.settle()

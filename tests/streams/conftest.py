@@ -1,5 +1,6 @@
 """A broker of these tests' own: they fill the topics that other tests count in."""
 
+import logging
 from collections.abc import Iterator
 from itertools import count
 
@@ -8,6 +9,12 @@ import pytest
 from streams.settings import KafkaSettings
 
 PARTITIONS = 16
+
+
+@pytest.fixture(autouse=True)
+def own_words(caplog: pytest.LogCaptureFixture) -> None:
+    """A test that fails shows what the processes said."""
+    caplog.set_level(logging.INFO, "dwell")
 
 
 @pytest.fixture(scope="session")

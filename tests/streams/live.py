@@ -1,7 +1,9 @@
 """Writing to and reading from a real broker, and a streams process in a task."""
 
 import asyncio
+import gc
 import time
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -116,8 +118,19 @@ async def sampled(kafka: KafkaSettings, partition: int, count: int) -> list[Samp
     try:
         await until(enough)
     except AssertionError as error:
+        _dump_tmp(kafka, partition)
         raise AssertionError(f"{len(found)} of {count} samples {error}") from None
     return found
+
+
+def _dump_tmp(kafka, partition):  # TMP
+    for task in asyncio.all_tasks():
+        chain, c = [], task.get_coro()
+        while c is not None and hasattr(c, "cr_frame"):
+            f = c.cr_frame
+            chain.append(f"{f.f_code.co_qualname if hasattr(f.f_code,'co_qualname') else f.f_code.co_name}:{f.f_lineno}" if f else "?")
+            c = c.cr_await
+        print("TASK", " > ".join(chain), "|", c, flush=True)
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
@@ -145,6 +158,9 @@ async def running(
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+        with warnings.catch_warnings():  # aiokafka drops a connection that is cancelled while it is made
+            warnings.filterwarnings("ignore", "Unclosed AIOKafkaConnection", ResourceWarning)
+            gc.collect()
 
 
 def agree_with_reference(found: list[Sample], arrivals: Iterable[Arrived]) -> None:
