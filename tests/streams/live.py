@@ -118,19 +118,8 @@ async def sampled(kafka: KafkaSettings, partition: int, count: int) -> list[Samp
     try:
         await until(enough)
     except AssertionError as error:
-        _dump_tmp(kafka, partition)
         raise AssertionError(f"{len(found)} of {count} samples {error}") from None
     return found
-
-
-def _dump_tmp(kafka, partition):  # TMP
-    for task in asyncio.all_tasks():
-        chain, c = [], task.get_coro()
-        while c is not None and hasattr(c, "cr_frame"):
-            f = c.cr_frame
-            chain.append(f"{f.f_code.co_qualname if hasattr(f.f_code,'co_qualname') else f.f_code.co_name}:{f.f_lineno}" if f else "?")
-            c = c.cr_await
-        print("TASK", " > ".join(chain), "|", c, flush=True)
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
