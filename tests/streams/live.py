@@ -147,7 +147,9 @@ async def running(
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        with warnings.catch_warnings():  # aiokafka drops a connection that is cancelled while it is made
+        with (
+            warnings.catch_warnings()
+        ):  # aiokafka drops a connection that is cancelled while it is made
             warnings.filterwarnings("ignore", "Unclosed AIOKafkaConnection", ResourceWarning)
             gc.collect()
 
