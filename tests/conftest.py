@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """kafka-python reads its schemas through functions that Python 3.11 deprecates."""
+    """What the libraries do and we cannot mend.
+
+    kafka-python reads its schemas through functions that Python 3.11 deprecates; aiokafka drops a connection when
+    its client is closed while the connection is made.
+    """
+    config.addinivalue_line("filterwarnings", "ignore:Unclosed AIOKafkaConnection:ResourceWarning")
     for name in ("read_text", "open_text"):
         config.addinivalue_line("filterwarnings", f"ignore:{name} is deprecated:DeprecationWarning")
 

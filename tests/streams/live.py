@@ -1,9 +1,7 @@
 """Writing to and reading from a real broker, and a streams process in a task."""
 
 import asyncio
-import gc
 import time
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -147,11 +145,6 @@ async def running(
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        with (
-            warnings.catch_warnings()
-        ):  # aiokafka drops a connection that is cancelled while it is made
-            warnings.filterwarnings("ignore", "Unclosed AIOKafkaConnection", ResourceWarning)
-            gc.collect()
 
 
 def agree_with_reference(found: list[Sample], arrivals: Iterable[Arrived]) -> None:

@@ -9,19 +9,23 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from kafka import KafkaAdminClient, TopicPartition
+from kafka.structs import OffsetAndMetadata
 from prometheus_client import REGISTRY
 
 from storage.kv import MemoryKv, RocksKv, StoreError
-from streams.clients import records
-from streams.events import Exposure, Sample, encode
+from streams.clients import consumer, records
+from streams.events import Exposure, History, Sample, encode
 from streams.intake import MAX_EVENT_BYTES, partition_of
+from streams.join import NEVER
+from streams.partition import OffsetNote
 from streams.processor import run
-from streams.readback import LogGapError, OwnershipLostError
+from streams.readback import LogGapError, OwnershipLostError, Standing, StreamsError, standing
 from streams.settings import JoinSettings, KafkaSettings, ShapeSettings, StreamsSettings
 from streams.state import CHANGELOGS, LogRecord, PartitionState
-from streams.topics import EXPOSURES, FEEDBACK
+from streams.topics import EXPOSURES, FEEDBACK, HISTORIES, STREAMS_GROUP
 from tests.streams.live import (
     LONG,
     NO_TICKS,
@@ -29,6 +33,7 @@ from tests.streams.live import (
     dead_letters,
     running,
     sampled,
+    samples,
     settled,
     until,
     users_of,
@@ -102,8 +107,10 @@ async def test_cancelled_in_the_middle_it_loses_and_doubles_nothing(
         for life, first in enumerate(range(0, len(arrivals), len(arrivals) // 4)):
             folder = tmp_path / (str(life) if wiped else "state")
             async with running(kafka, partition, folder) as task:
+                before = len(await samples(kafka, partition))
                 await write(producer, partition, arrivals[first : first + len(arrivals) // 4])
-                await asyncio.sleep(rng.uniform(0.1, 0.8))
+                await sampled(kafka, partition, before + 1)
+                await asyncio.sleep(rng.uniform(0, 0.1))
                 assert not task.done()
         async with running(kafka, partition, tmp_path / "state"):
             found = await sampled(kafka, partition, len(shown(arrivals)))
@@ -321,6 +328,72 @@ def delete_before(kafka: KafkaSettings, place: TopicPartition, offset: int) -> N
         client.delete_records({place: offset})
     finally:
         client.close()
+
+
+async def test_a_coordinator_that_is_still_loading_is_waited_for(
+    kafka: KafkaSettings,
+    partition: int,
+    users: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """aiokafka gives nothing for it; to take that for "nothing is committed" would be to begin anew."""
+    async with writer(kafka) as producer, running(kafka, partition, tmp_path):
+        await write(producer, partition, [exposure("a", T0, 1, user=users[0]), T0 + 1000])
+        await sampled(kafka, partition, 1)
+    ask, answers = AIOKafkaAdminClient.list_consumer_group_offsets, 0
+
+    async def loading(self: Any, *given: Any, **named: Any) -> Any:
+        nonlocal answers
+        answers += 1
+        return {} if answers < 3 else await ask(self, *given, **named)
+
+    monkeypatch.setattr(AIOKafkaAdminClient, "list_consumer_group_offsets", loading)
+    found = await standing(kafka.bootstrap, partition)
+    assert found is not None
+    assert answers == 3
+    assert (found.exposures, found.feedback, found.note.exposures_ms) == (2, 1, T0 + 1000)
+
+
+async def test_offsets_that_were_moved_by_another_tool_are_begun_from(
+    kafka: KafkaSettings, partition: int, users: list[str], tmp_path: Path
+) -> None:
+    """The way out of a gap in the log; what is closed already stays closed."""
+    places = [TopicPartition(topic, partition) for topic in (EXPOSURES, FEEDBACK)]
+    async with writer(kafka) as producer:
+        async with running(kafka, partition, tmp_path):
+            await write(producer, partition, [exposure("a", T0, 1, user=users[0]), T0 + 1000])
+            await sampled(kafka, partition, 1)
+        await asyncio.to_thread(move_offsets, kafka, dict.fromkeys(places, 0), "")
+        found = await standing(kafka.bootstrap, partition)
+        assert found == Standing(0, 0, OffsetNote(NEVER, NEVER, 0, 0))
+        async with running(kafka, partition, tmp_path):
+            await write(producer, partition, [exposure("b", T0 + 1000, 1, user=users[0]), FAR])
+            assert counted(await sampled(kafka, partition, 2)) == {"a": 1, "b": 1}
+    await asyncio.to_thread(move_offsets, kafka, dict.fromkeys(places, 0), "mine")
+    with pytest.raises(StreamsError, match=f"exposures partition {partition}: .* 'mine'"):
+        await standing(kafka.bootstrap, partition)
+
+
+def move_offsets(kafka: KafkaSettings, places: dict[TopicPartition, int], note: str) -> None:
+    member = consumer(kafka.bootstrap, group_id=STREAMS_GROUP)
+    try:
+        member.commit(
+            {place: OffsetAndMetadata(offset, note, -1) for place, offset in places.items()}
+        )
+    finally:
+        member.close()
+
+
+async def test_what_cannot_be_read_in_a_changelog_is_an_error_that_says_where(
+    kafka: KafkaSettings, partition: int, tmp_path: Path
+) -> None:
+    async with writer(kafka) as producer:
+        newer = History(v="2.0", user="u", behaviours=[], shown=[])
+        await producer.send_and_wait(HISTORIES, encode(newer), b"u", partition=partition)
+    work = run(kafka, LONG, ShapeSettings(), NO_TICKS, tmp_path, [partition])
+    with pytest.raises(StreamsError, match=f"histories partition {partition}: unknown_major"):
+        await asyncio.wait_for(work, 30)
 
 
 async def test_ticks_close_what_an_idle_partition_holds(
