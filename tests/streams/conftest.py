@@ -8,7 +8,7 @@ import pytest
 
 from streams.settings import KafkaSettings
 
-PARTITIONS = 16
+PARTITIONS = 24
 
 
 @pytest.fixture(autouse=True)
