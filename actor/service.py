@@ -24,10 +24,11 @@ from actor.policy import Arms, ServedPolicy
 from actor.recommend import Prepared, decode, expose, prepare
 from actor.sampling import Slates
 from actor.settings import ActorSettings
-from actor.subscription import STOP_PATIENCE_S, Subscription, leave
+from actor.subscription import Subscription
 from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.settings import PolicySettings
+from streams.clients import leave_producer
 from streams.control import arm_of
 from streams.events import Exposure, Feedback, FeedbackKind, encode
 from streams.intake import partition_of
@@ -94,7 +95,7 @@ class Service:
                     enable_idempotence=True,
                     linger_ms=2,
                 )
-                stack.push_async_callback(_stop, self._producer)
+                stack.push_async_callback(leave_producer, self._producer)
                 await self._producer.start()
                 subscription = Subscription(
                     self.name, self._kafka, self._arms, self._catalogue, self._users
@@ -229,12 +230,6 @@ class Service:
 
     def _decode(self, policy: ServedPolicy, batch: list[Prepared]) -> Slates:
         return decode(policy, batch, self.settings.temperature, self._rng)
-
-
-async def _stop(producer: AIOKafkaProducer) -> None:
-    """Leave; what a broker that is away has not acknowledged was not promised to anybody."""
-    if not await leave(producer.stop(), STOP_PATIENCE_S):
-        await producer.client.close()
 
 
 def _why(error: Exception) -> str:

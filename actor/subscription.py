@@ -12,8 +12,7 @@ Notable choices
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
@@ -23,6 +22,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from actor.policy import Arms, ServedPolicy, materialise
 from actor.users import Users
 from learner.catalogue import Catalogue, CatalogueError
+from streams.clients import leave
 from streams.events import UnreadableError, command_decoder, decode, encode
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, CONTROL, HISTORIES, WEIGHTS_ACKS, WEIGHTS_ANCHORS
@@ -41,7 +41,6 @@ CATALOGUE_PLACE = TopicPartition(CATALOGUE, 0)
 
 ACK_PATIENCE_S = 1.0
 RETRY_S = 0.5
-STOP_PATIENCE_S = 3.0
 FALLBACKS = 3  # older versions that an actor tries when it starts on a damaged one
 
 
@@ -268,19 +267,6 @@ class Subscription:
             log.warning("version %d is not acknowledged: %r", manifest.version, error)
             return
         sent.add_done_callback(_heard)
-
-
-async def leave(stop: Coroutine[Any, Any, None], patience_s: float = STOP_PATIENCE_S) -> bool:
-    """Stop one of aiokafka's clients; whether it could.
-
-    While a broker is away a consumer's `stop` ends in its own cancellation, and a producer's waits for ever.
-    """
-    task = asyncio.create_task(stop)
-    await asyncio.wait([task], timeout=patience_s)
-    if not task.done():
-        task.cancel()
-        return False
-    return not task.cancelled() and task.exception() is None
 
 
 def _manifest(value: bytes) -> Manifest | None:

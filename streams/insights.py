@@ -35,6 +35,7 @@ from faust.types import StreamT
 from mode import CrashingSupervisor
 from prometheus_client import Counter, Gauge, start_http_server
 
+from streams.clients import leave
 from streams.events import Insight, UnreadableError, decode, encode, sample_decoder
 from streams.settings import KafkaSettings
 from streams.topics import INSIGHTS, SAMPLES
@@ -317,7 +318,7 @@ async def _check(bootstrap: str) -> None:
     except KafkaError as error:
         raise ConnectionError(f"Kafka cannot be reached at {bootstrap}: {error}") from None
     finally:
-        await client.close()
+        await leave(client.close())
     for topic in (SAMPLES, INSIGHTS):
         if topic not in found:
             raise ConnectionError(f"Kafka at {bootstrap} has no topic {topic}")

@@ -16,7 +16,7 @@ import asyncio
 import heapq
 import logging
 import time
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 from prometheus_client import Counter, Gauge, Histogram
 
 from storage.kv import RocksKv
+from streams.clients import begin, leave, leave_producer
 from streams.events import DeadLetter, Tick, UnreadableError, encode
 from streams.intake import MAX_EVENT_BYTES, Intake
 from streams.partition import OffsetNote, Output, Partition
@@ -110,9 +111,12 @@ class PartitionProcessor:
             fetch_max_wait_ms=self._streams.batch_ms,
             max_poll_records=self._streams.batch_records,
         )
-        try:
-            await producer.start()
-            await consumer.start()
+        async with AsyncExitStack() as stack:
+            stack.callback(state.close)
+            stack.push_async_callback(leave_producer, producer)
+            stack.push_async_callback(lambda: leave(consumer.stop()))
+            await begin(producer.start())
+            await begin(consumer.start())
             consumer.assign([self._exposures, self._feedback])
             await self._catch_up(state)
             core = Partition(self._join, self._shape, self._streams, state)
@@ -120,9 +124,6 @@ class PartitionProcessor:
             await self._rebuild(core, consumer)
             log.info("partition %d: %d open requests", self._number, core.join.open)
             await self._loop(core, state, consumer, producer, ticker)
-        finally:
-            await asyncio.gather(consumer.stop(), producer.stop(), return_exceptions=True)
-            state.close()
 
     async def _catch_up(self, state: PartitionState) -> None:
         """Bring local state to the end of its changelogs."""
@@ -343,7 +344,7 @@ async def run(
     asyncio.get_running_loop().set_exception_handler(_unheard)
     ticker = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=0)
     try:
-        await ticker.start()
+        await begin(ticker.start())
         async with asyncio.TaskGroup() as group:
             for partition in partitions:
                 processor = PartitionProcessor(partition, kafka, join, shape, streams, state_dir)
@@ -351,4 +352,4 @@ async def run(
     except ExceptionGroup as failed:  # except* would group it again before Python 3.11.4
         raise failed.exceptions[0] from None
     finally:
-        await ticker.stop()
+        await leave_producer(ticker)

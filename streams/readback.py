@@ -13,6 +13,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
+from streams.clients import begin, leave
 from streams.join import NEVER
 from streams.partition import OffsetNote
 from streams.topics import EXPOSURES, FEEDBACK, STREAMS_GROUP
@@ -49,10 +50,10 @@ async def standing(bootstrap: str, partition: int) -> Standing | None:
     exposures, feedback = TopicPartition(EXPOSURES, partition), TopicPartition(FEEDBACK, partition)
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     try:
-        await admin.start()
+        await begin(admin.start())
         found = await _offsets(admin, [exposures, feedback])
     finally:
-        await admin.close()
+        await leave(admin.close())
     if found[exposures].offset < 0 or found[feedback].offset < 0:
         return None
     upto = found[exposures].offset, found[feedback].offset
@@ -105,7 +106,7 @@ async def read_to_end(
         max_partition_fetch_bytes=16 << 20,
     )
     try:
-        await consumer.start()
+        await begin(consumer.start())
         consumer.assign([place])
         begins = (await consumer.beginning_offsets([place]))[place]
         if upto is not None and first < begins:
@@ -117,7 +118,7 @@ async def read_to_end(
             records = [record for batch in batches.values() for record in batch]
             yield [record for record in records if record.offset < end]
     finally:
-        await consumer.stop()
+        await leave(consumer.stop())
 
 
 def gap(place: TopicPartition, needed: int, begins: int) -> LogGapError:

@@ -473,7 +473,6 @@ async def test_an_actor_can_leave_while_the_broker_is_away(
     world: World, own_broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actor.service.KAFKA_PATIENCE_S", 0.3)
-    monkeypatch.setattr("actor.service.STOP_PATIENCE_S", 0.5)
     world.fill_catalogue()
     world.publish(1)
     async with acting(world) as actor:

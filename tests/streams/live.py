@@ -121,10 +121,13 @@ async def sampled(kafka: KafkaSettings, partition: int, count: int) -> list[Samp
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    """Wait for it, not for ever."""
+    """Wait for it, not for ever; then say where every task stands."""
     give_up = time.monotonic() + PATIENCE_S
     while not await holds():
-        assert time.monotonic() < give_up, f"not within {PATIENCE_S} s"
+        if time.monotonic() > give_up:
+            for task in asyncio.all_tasks():
+                task.print_stack()
+            raise AssertionError(f"not within {PATIENCE_S} s")
         await asyncio.sleep(0.1)
 
 

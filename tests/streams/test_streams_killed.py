@@ -37,12 +37,18 @@ FAR = T0 + 1_000_000
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaSettings]:
-    """A broker with two partitions only: the program owns all there are."""
+def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedBroker]:
+    """A broker that a test may kill and start again."""
     with EmbeddedBroker(tmp_path_factory.mktemp("killed")) as running_broker:
-        settings = KafkaSettings(bootstrap=running_broker.bootstrap, partitions=2)
-        ensure_topics(settings.bootstrap, settings)
-        yield settings
+        yield running_broker
+
+
+@pytest.fixture(scope="module")
+def few(mortal: EmbeddedBroker) -> KafkaSettings:
+    """Two partitions only: the program owns all there are."""
+    settings = KafkaSettings(bootstrap=mortal.bootstrap, partitions=2)
+    ensure_topics(settings.bootstrap, settings)
+    return settings
 
 
 @asynccontextmanager
@@ -140,3 +146,29 @@ async def test_a_program_whose_partitions_were_taken_over_ends_with_one_sentence
     said = (tmp_path / "one" / "stderr").read_text().splitlines()
     assert not any("Traceback" in line for line in said), said
     assert said[-1].startswith("dwell: partition 0 was taken over by another streams process")
+
+
+async def test_a_broker_killed_and_started_again_costs_time_only(
+    mortal: EmbeddedBroker, few: KafkaSettings, tmp_path: Path
+) -> None:
+    users = users_of(1, 2)
+    arrivals = settled(busy_arrivals(17, 40), users)
+    for event in arrivals:
+        if not isinstance(event, int):  # another test's requests have the same names
+            event.request = f"mortal {event.request}"
+    arrivals.append(FAR)
+    expected = {event.request for event in arrivals if isinstance(event, Exposure)}
+    half = len(arrivals) // 2
+    before = len(await samples(few, 1))
+    async with running(few, 1, tmp_path) as task:
+        async with writer(few) as producer:
+            await write(producer, 1, arrivals[:half])
+            await sampled(few, 1, before + 1)
+        await asyncio.to_thread(mortal.kill)
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(mortal.start)
+        async with writer(few) as producer:
+            await write(producer, 1, arrivals[half:])
+            found = (await sampled(few, 1, before + len(expected)))[before:]
+        assert not task.done()
+    assert Counter(sample.request for sample in found) == dict.fromkeys(expected, 1)
