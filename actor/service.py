@@ -28,7 +28,7 @@ from actor.subscription import Subscription
 from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.settings import PolicySettings
-from streams.clients import leave_producer
+from streams.aioclients import leave_producer
 from streams.control import arm_of
 from streams.events import Exposure, Feedback, FeedbackKind, encode
 from streams.intake import partition_of

@@ -22,7 +22,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from actor.policy import Arms, ServedPolicy, materialise
 from actor.users import Users
 from learner.catalogue import Catalogue, CatalogueError
-from streams.clients import leave
+from streams.aioclients import leave
 from streams.events import UnreadableError, command_decoder, decode, encode
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, CONTROL, HISTORIES, WEIGHTS_ACKS, WEIGHTS_ANCHORS

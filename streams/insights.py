@@ -35,7 +35,7 @@ from faust.types import StreamT
 from mode import CrashingSupervisor
 from prometheus_client import Counter, Gauge, start_http_server
 
-from streams.clients import leave
+from streams.aioclients import leave
 from streams.events import Insight, UnreadableError, decode, encode, sample_decoder
 from streams.settings import KafkaSettings
 from streams.topics import INSIGHTS, SAMPLES

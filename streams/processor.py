@@ -27,7 +27,7 @@ from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 from prometheus_client import Counter, Gauge, Histogram
 
 from storage.kv import RocksKv
-from streams.clients import begin, leave, leave_producer
+from streams.aioclients import begin, leave, leave_producer
 from streams.events import DeadLetter, Tick, UnreadableError, encode
 from streams.intake import MAX_EVENT_BYTES, Intake
 from streams.partition import OffsetNote, Output, Partition

@@ -13,7 +13,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
-from streams.clients import begin, leave
+from streams.aioclients import begin, leave
 from streams.join import NEVER
 from streams.partition import OffsetNote
 from streams.topics import EXPOSURES, FEEDBACK, STREAMS_GROUP

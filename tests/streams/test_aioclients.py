@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from streams.clients import begin, leave
+from streams.aioclients import begin, leave
 from streams.settings import KafkaSettings
 from tests.streams.live import running
 
