@@ -15,6 +15,7 @@ import msgspec
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import RetriableError
 
+from streams.audit import Entry, overdue
 from streams.clients import consumer, read
 from streams.events import (
     Exposure,
@@ -26,7 +27,7 @@ from streams.events import (
     sample_decoder,
 )
 from streams.intake import Intake
-from streams.join import JoinTimes, decide
+from streams.join import JoinTimes
 from streams.partition import OffsetNote
 from streams.settings import JoinSettings, KafkaSettings
 from streams.topics import DEAD_LETTERS, EXPOSURES, FEEDBACK, SAMPLES, STREAMS_GROUP
@@ -99,7 +100,7 @@ def _settle(
             found.unreadable += 1
     found.samples += len(sampled)
     found.duplicated += sum(sampled.values()) - len(sampled)
-    without: dict[str, tuple[Exposure, int]] = {}
+    without: dict[str, tuple[Exposure, int, int]] = {}
     known: set[str] = set()
     for record in read(client, EXPOSURES, partition):
         exposure = _read(intake.exposure, record)
@@ -113,7 +114,7 @@ def _settle(
         if exposure.request in sampled:
             continue
         if record.offset < standing.exposures:
-            without[exposure.request] = (exposure, record.timestamp)
+            without[exposure.request] = (exposure, record.offset, record.timestamp)
         else:
             found.open += 1
     if not without:
@@ -124,13 +125,9 @@ def _settle(
         if isinstance(event, Feedback) and event.request in heard:
             heard[event.request].setdefault(event.event, event)
     times = JoinTimes.of(join)
-    for request, (exposure, written_ms) in without.items():
-        # a late exposure starts at its arrival, which its record timestamp bounds
-        start = exposure.time_ms
-        if written_ms - start > times.lateness and start > written_ms - times.horizon:
-            start = written_ms
-        decision = decide(exposure, start, list(heard[request].values()), times)
-        if decision.decided_ms + times.lateness <= standing.watermark_ms:
+    for request, (exposure, offset, written_ms) in without.items():
+        entry = Entry(offset, written_ms, exposure)
+        if overdue(entry, heard[request].values(), times, standing.watermark_ms):
             found.lost += 1
             found.lost_requests.append(request)
         else:

@@ -1,144 +1,43 @@
 """The program `dwell`: one command per role, and one for everything together.
 
 Notable choices:
-- Every command takes the same five flags after its name (`Common`); they are declared once and
-  added to each command's own by `command`. A command's named flag maps to the key it is named
-  after (`--port` of the actor to `actor.port`), so the usual precedence and checks hold for it.
 - What a command needs is imported inside it: `dwell --help` loads neither torch nor Kafka clients.
 - Exit status: 0 done, 1 a check of correctness failed, 2 something the user can mend (one line on
   stderr, never a trace), 130 interrupted.
 """
 
-import inspect
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
-from functools import wraps
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ops.config import DEFAULT_FILE, Config, Given, load
-from ops.config_text import commented_toml, resolved
+from ops import cli_groups
+from ops.cli_base import (
+    DEMO_S,
+    Common,
+    ForSeconds,
+    JsonFile,
+    LogDir,
+    MetricsPort,
+    Seed,
+    StartFrom,
+    app,
+    command,
+    require_writable,
+)
+from ops.config import DEFAULT_FILE, Config
+from ops.config_text import commented_toml
 from ops.errors import UserError
-from ops.logs import log_as_role
 from ops.roles import end_with_parent
 
-app = typer.Typer(
-    name="dwell",
-    help="An open, continuously learning generative recommender over Kafka.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-DEMO_S = 120.0
-"""How long a demonstration runs unless told otherwise."""
-
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the results here as JSON.")
-]
-ForSeconds = Annotated[
-    float | None,
-    typer.Option("--for", metavar="SECONDS", min=0, help="Stop after this long, or at Ctrl-C."),
-]
-StartFrom = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Start from this folder, written by `dwell pretrain`."),
-]
-MetricsPort = Annotated[
-    int, typer.Option(min=0, max=65_535, help="Port of Prometheus metrics; 0 takes a free one.")
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of the policy and of the world.")]
-LogDir = Annotated[Path, typer.Argument(metavar="DIR", help="A feed log in KuaiRand's format.")]
-
-
-@dataclass(frozen=True)
-class Common:
-    """The flags that every command takes."""
-
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help=f"Configuration; {DEFAULT_FILE} here if there is one."),
-    ] = None
-    set: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SECTION.KEY=VALUE", help="Set any key; may be repeated."),
-    ] = None
-    data_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where everything is kept.")
-    ] = None
-    bootstrap: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="An existing Kafka cluster to use.")
-    ] = None
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")
-    ] = False
-
-    def load(
-        self, named: Mapping[str, object] | None = None, demo: bool = False, log: bool = False
-    ) -> Config:
-        """The configuration from all sources; ends the program if it was only to be printed.
-
-        `named` gives the values of a command's own flags by `section.key`; None is not given.
-        """
-        values = {
-            "storage.data_dir": self.data_dir,
-            "kafka.bootstrap": self.bootstrap,
-            **(named or {}),
-        }
-        flags = []
-        for name, value in values.items():
-            section, key = name.split(".")
-            if value is not None:
-                flags.append(Given(f"--{key.replace('_', '-')}", section, key, value))
-        loaded = load(self.config, os.environ, self.set or (), flags, demo, log)
-        if self.dry_run:
-            typer.echo(resolved(loaded), nl=False)
-            raise typer.Exit
-        return loaded.config
-
-    def load_with_kafka(self, named: Mapping[str, object] | None = None) -> Config:
-        """As `load`, for a role that cannot do without a cluster; it logs from here on."""
-        config = self.load(named)
-        log_as_role()
-        if not config.kafka.bootstrap:
-            raise UserError(
-                "kafka.bootstrap is empty, and this role needs a cluster: give --bootstrap "
-                "HOST:PORT (`dwell broker` starts one and prints its address), or use `dwell up`."
-            )
-        return config
-
-
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Registers a command whose first parameter is `common: Common`."""
-
-    @wraps(function)
-    def run(**given: Any) -> None:
-        common = Common(**{part.name: given.pop(part.name) for part in fields(Common)})
-        try:
-            function(common, **given)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-
-    own = list(inspect.signature(function).parameters.values())[1:]
-    shared = [
-        inspect.Parameter(
-            part.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=part.default,
-            annotation=part.type,
-        )
-        for part in fields(Common)
-    ]
-    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    return app.command()(run)
+cli_groups.add_to(app)
 
 
 @command
@@ -159,7 +58,7 @@ def up(
     """Run the whole loop: broker, actor, streams, insights and learner."""
     config = common.load({"learn.seed": seed, "simulate.seed": seed}, demo=demo or serial)
     for_s = DEMO_S if demo and for_s is None else for_s
-    _require_writable(json)
+    require_writable(json)
     if serial:
         from ops.serial_shell import run as run_serial
 
@@ -210,21 +109,27 @@ def actor(
 
 
 @command
-def streams(common: Common, metrics_port: MetricsPort = 0) -> None:
+def streams(
+    common: Common,
+    metrics_port: MetricsPort = 0,
+    member: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name among the processes that share the work."),
+    ] = None,
+) -> None:
     """Join exposures with feedback, and shape them into samples."""
-    config = common.load_with_kafka()
+    config = common.load_with_kafka({"streams.member": member})
     import asyncio
 
     from ops.admin import ensure_topics
     from storage.kv import StoreError
-    from streams.processor import run
+    from streams.ownership import own
     from streams.readback import StreamsError
 
     ensure_topics(config.kafka.bootstrap, config.kafka)
     _serve_metrics(metrics_port)
-    state_dir = Path(config.storage.data_dir) / "streams"
-    partitions = list(range(config.kafka.partitions))
-    work = run(config.kafka, config.join, config.shape, config.streams, state_dir, partitions)
+    state_dir = Path(config.storage.data_dir) / "streams" / config.streams.member
+    work = own(config.kafka, config.join, config.shape, config.streams, state_dir)
     try:
         asyncio.run(_until_stopped(work))
     except (StreamsError, StoreError) as error:
@@ -299,7 +204,7 @@ def replay(
     if common.data_dir is None:  # a log lives in its own time: never among live events
         folder = str(Path(config.storage.data_dir) / "replay")
         config = replace(config, storage=replace(config.storage, data_dir=folder))
-    _require_writable(json)
+    require_writable(json)
     from ops.replay import run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -320,7 +225,7 @@ def pretrain(
 ) -> None:
     """Warm a policy up on the watch history that precedes a feed log."""
     config = common.load(log=True)
-    _require_writable(json)
+    require_writable(json)
     from ops.pretrain import run
 
     raise typer.Exit(run(config, directory, out, json))
@@ -394,13 +299,6 @@ async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with suppress(asyncio.CancelledError):
         await task
-
-
-def _require_writable(path: Path | None) -> None:
-    if path is not None:
-        from ops.results import require_writable
-
-        require_writable(path)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ops.admin import await_broker, claim_cluster, cluster_id, ensure_topics
-from ops.broker import EmbeddedBroker
+from ops.broker import FOLDER, EmbeddedBroker, running_broker
 from ops.config import Config
 from ops.errors import UserError
 
@@ -64,3 +64,25 @@ def open_cluster(config: Config, tell: Callable[[str], None]) -> Iterator[Cluste
     finally:
         if broker is not None:
             broker.stop()
+
+
+@contextmanager
+def visited(config: Config, tell: Callable[[str], None]) -> Iterator[Config]:
+    """The cluster of a live or past run, for reading it: the configuration with its address.
+
+    That is an existing one, the broker that runs on the data directory, or one started there for the meanwhile.
+    Raises `UserError` where nothing has run.
+    """
+    data_dir = Path(config.storage.data_dir)
+    address = config.kafka.bootstrap or running_broker(data_dir)
+    if address:
+        await_broker(address)
+        yield replace(config, kafka=replace(config.kafka, bootstrap=address))
+        return
+    if not (data_dir / FOLDER).is_dir():
+        raise UserError(
+            f"nothing has run on the data directory {data_dir}: name one with --data-dir, or a cluster with "
+            "--bootstrap."
+        )
+    with held(data_dir), open_cluster(config, tell) as cluster:
+        yield cluster.config

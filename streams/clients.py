@@ -10,11 +10,11 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
 
 
-def consumer(bootstrap: str, **more: Any) -> KafkaConsumer:
-    """A read-committed consumer without a group."""
+def consumer(bootstrap: str, isolation_level: str = "read_committed", **more: Any) -> KafkaConsumer:
+    """A consumer without a group."""
     return KafkaConsumer(
         bootstrap_servers=bootstrap,
-        isolation_level="read_committed",
+        isolation_level=isolation_level,
         enable_auto_commit=False,
         auto_offset_reset="none",
         fetch_max_wait_ms=50,

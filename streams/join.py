@@ -66,7 +66,7 @@ class Decision:
     """What became of a request, decided at `decided_ms`; outcomes by position of the exposure."""
 
     decided_ms: int
-    closed_by: Literal["decided", "deadline"]
+    closed_by: Literal["decided", "deadline", "memory"]
     positions: dict[int, PositionOutcome]
 
 

@@ -322,7 +322,7 @@ def transactional_id(partition: int) -> str:
     return f"dwell-streams-{partition}"
 
 
-def _unheard(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def tell_once(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """A failed transaction is told once: aiokafka leaves the same error in every record it held."""
     if not isinstance(context.get("exception"), KafkaError):
         loop.default_exception_handler(context)
@@ -341,7 +341,7 @@ async def run(
     Raises `OwnershipLostError` when another process took a partition over, another `StreamsError` when its logs
     cannot be gone on with, `StoreError` when its local state cannot be opened.
     """
-    asyncio.get_running_loop().set_exception_handler(_unheard)
+    asyncio.get_running_loop().set_exception_handler(tell_once)
     ticker = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=0)
     try:
         await begin(ticker.start())

@@ -81,6 +81,12 @@ class StreamsSettings:
     """Append wall-clock ticks to idle inputs; a replay in log time brings its own."""
     idle_grace_s: NotNegative = 0.5
     """A tick claims that all events older than this have been written."""
+    member: Annotated[
+        str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$", description="letters, digits, . _ -")
+    ] = "streams"
+    """Name of this process among those that share the partitions; no two may run under one name."""
+    session_s: Positive = 6.0
+    """A process not heard of for this long loses its partitions to the others."""
     history_behaviours: Count = 64
     """A user's latest plays kept in `histories`."""
     history_shown: Whole = 128

@@ -118,6 +118,10 @@ def test_another_number_of_partitions_is_refused_by_name(own: EmbeddedBroker) ->
 def test_more_replicas_than_brokers_are_refused_by_the_topics_name(own: EmbeddedBroker) -> None:
     with KafkaAdminClient(bootstrap_servers=own.bootstrap) as admin:
         admin.delete_topics(["insights"])
+        give_up = time.monotonic() + 30
+        while "insights" in admin.list_topics():  # the broker deletes in its own time
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
     with pytest.raises(UserError, match="create topic insights with 3 replicas"):
         ensure_topics(own.bootstrap, KafkaSettings(partitions=2, replicas=3))
 

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import pytest
 
-from ops.cli import app, main
+from ops.cli import main
+from ops.cli_base import app
 from ops.config import Config, demo, parse
 from ops.errors import UserError
 

@@ -1,4 +1,4 @@
-"""The join against a slow reference (`reference_join`), and each rule of the contract by itself."""
+"""The join against a slow reference (`streams.reference`), and each rule of the contract by itself."""
 
 import random
 from collections import Counter
@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streams.events import Exposure, Feedback
-from streams.join import Decision, Join, Joined, JoinTimes, decide
+from streams.join import NEVER, Decision, Join, Joined, JoinTimes, decide
+from streams.reference import Found, Rules, Verdict, verdict
 from streams.settings import JoinSettings
 from tests.streams.makers import T0, Feed, exposure
-from tests.streams.reference_join import Found, Rules, Verdict, verdict
 
 SETTINGS = JoinSettings(
     window_s=0.040,
@@ -68,7 +68,10 @@ def as_verdict(decision: Decision) -> Verdict:
     return Verdict(
         decision.decided_ms,
         decision.closed_by,
-        {p: Found(o.outcome, o.play_ms, o.actions) for p, o in decision.positions.items()},
+        {
+            p: Found(o.outcome, o.play_ms, o.actions, None if o.last_ms == NEVER else o.last_ms)
+            for p, o in decision.positions.items()
+        },
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from shutil import rmtree
 
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from ops.admin import ensure_topics
 from ops.broker import EmbeddedBroker
@@ -52,9 +53,13 @@ def few(mortal: EmbeddedBroker) -> KafkaSettings:
 
 
 @asynccontextmanager
-async def program(kafka: KafkaSettings, folder: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
+async def program(
+    kafka: KafkaSettings, folder: Path, member: str = "streams"
+) -> AsyncIterator[subprocess.Popen[bytes]]:
     """`dwell streams` with the join of these tests, killed at the end."""
     keys = {
+        "streams.member": member,
+        "streams.session_s": 3,
         "kafka.partitions": kafka.partitions,
         "join.window_s": LONG.window_s,
         "join.cap_s": LONG.cap_s,
@@ -172,3 +177,45 @@ async def test_a_broker_killed_and_started_again_costs_time_only(
             found = (await sampled(few, 1, before + len(expected)))[before:]
         assert not task.done()
     assert Counter(sample.request for sample in found) == dict.fromkeys(expected, 1)
+
+
+async def test_programs_share_the_partitions_and_take_over_from_one_that_dies(
+    few: KafkaSettings, tmp_path: Path
+) -> None:
+    users = [users_of(partition, 2)[0] for partition in range(2)]
+    shown: list[set[str]] = [set(), set()]
+    before = [len(await samples(few, partition)) for partition in range(2)]
+    moment = FAR + 1_000_000
+
+    async def flows(producer: AIOKafkaProducer) -> None:
+        """A request in each partition becomes a sample."""
+        nonlocal moment
+        for partition in range(2):
+            name = f"shared {moment} {partition}"
+            shown[partition].add(name)
+            event = exposure(name, moment, 1, user=users[partition])
+            await write(producer, partition, [event, moment + 1000])
+        moment += 2000
+        for partition in range(2):
+            await sampled(few, partition, before[partition] + len(shown[partition]))
+
+    async def works(folder: str) -> bool:
+        """Whether a program has taken a partition up."""
+        return "open requests" in (tmp_path / folder / "stderr").read_text()
+
+    async with (
+        writer(few) as producer,
+        program(few, tmp_path / "a", "one") as one,
+        program(few, tmp_path / "b", "two"),
+    ):
+        await until(lambda: works("a"))
+        await until(lambda: works("b"))
+        await flows(producer)
+        one.kill()
+        await flows(producer)  # the other takes over
+        async with program(few, tmp_path / "c", "one"):
+            await until(lambda: works("c"))  # and gives back
+            await flows(producer)
+    for partition in range(2):
+        found = (await samples(few, partition))[before[partition] :]
+        assert Counter(sample.request for sample in found) == dict.fromkeys(shown[partition], 1)

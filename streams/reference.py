@@ -1,6 +1,7 @@
-"""What became of a request, written from the contract's words alone: slow, obvious, millisecond by millisecond.
+"""What became of a request, written from the contract's words alone: slow and obvious, moment by moment.
 
-It shares nothing with `streams.join` but the records. Times are integer milliseconds.
+It shares nothing with `streams.join` but the records: the join's tests and the audit hold the one against the other.
+Times are integer milliseconds.
 """
 
 from collections.abc import Iterable
@@ -36,11 +37,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Found:
-    """What became of one position."""
+    """What became of one position; `last_ms` is the moment of its last play event, None of one that never began."""
 
     outcome: str
     play_ms: int
     actions: int
+    last_ms: int | None
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,11 @@ class Verdict:
 def verdict(
     exposure: Exposure, start_ms: int, feedback: Iterable[Feedback], rules: Rules
 ) -> Verdict:
-    """Lives through the request's time one millisecond after the other."""
+    """Lives through the request's time, from one moment at which anything could change to the next."""
     slots = {item.position: Slot() for item in exposure.items}
     events = without_repeats(feedback)
     starts: list[int] = []
-    now = start_ms
-    while True:
+    for now in moments(events, start_ms, rules):
         # 1. What happened before the start is taken as happening at the start; after leaving, nothing.
         left = False
         for event in in_order(e for e in events if moment(e, start_ms, rules) == now):
@@ -90,7 +91,17 @@ def verdict(
         latest = max(starts, default=start_ms)
         if now >= min(latest + rules.window, start_ms + rules.cap):
             return Verdict(now, "deadline", {p: found(slot) for p, slot in slots.items()})
-        now += 1
+    raise AssertionError("the cap is one of the moments")
+
+
+def moments(events: Iterable[Feedback], start_ms: int, rules: Rules) -> list[int]:
+    """All times at which an event, a silence, a window or the cap could decide something, in order."""
+    beginnings = {start_ms}
+    beginnings.update(at for e in events if (at := moment(e, start_ms, rules)) is not None)
+    found = set(beginnings)
+    found.update(at + wait for at in beginnings for wait in (rules.abandon, rules.window))
+    found.add(start_ms + rules.cap)
+    return sorted(found)
 
 
 def without_repeats(feedback: Iterable[Feedback]) -> list[Feedback]:
@@ -131,6 +142,6 @@ def found(slot: Slot) -> Found:
     """A position's outcome when the request is over."""
     actions = sum(BITS[kind] for kind in slot.held)
     if not slot.plays:
-        return Found("unseen", 0, actions)
+        return Found("unseen", 0, actions, None)
     longest = max(play_ms for _, play_ms in slot.plays)
-    return Found(slot.final or "censored", longest, actions)
+    return Found(slot.final or "censored", longest, actions, slot.plays[-1][0])

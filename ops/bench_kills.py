@@ -1,0 +1,311 @@
+"""`dwell bench kills`: the join under kill -9, freezes and rebalances, then the audit.
+
+Notable choices
+- Real parts: an embedded broker, two streams workers as processes, a producer of known truth and a consumer that
+  holds what it took together with its position, as a learner does. Any of them dies at any moment.
+- One disturbance at a time, in an order drawn from the seed; the next comes once samples flow again in every
+  partition. Resuming = from the disturbance to the first sample after it in the slowest partition. The producer's
+  own pauses are part of it.
+- A worker that is killed comes back under its name after a pause: shorter than the session (a restart) or longer
+  (its partitions are taken over, and given back). A freeze longer than the session makes a zombie.
+- Afterwards the producer writes what is left, the last deadlines pass, and everything is counted from the log:
+  `missing` are requests that the producer had acknowledged and the log does not hold.
+"""
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from kafka import TopicPartition
+from rich.console import Console
+
+from ops.audit_samples import audit_samples, figures
+from ops.broker import FOLDER
+from ops.cluster import Cluster, held, open_cluster
+from ops.config import Config
+from ops.errors import UserError
+from ops.kills_parts import taken
+from ops.kills_plan import JOIN
+from ops.results import Check, exit_status, print_results, write_results
+from ops.roles import write_config
+from streams.audit import Findings
+from streams.clients import consumer
+from streams.settings import KafkaSettings
+from streams.topics import SAMPLES
+
+RATE: Final = 40.0
+"""Requests a second; about ten times as many events."""
+SESSION_S: Final = 4.0
+FLOW_S: Final = 90.0
+"""Samples that do not flow again within this are a failure of the bench itself."""
+WORKERS: Final = ("one", "two")
+KINDS: Final = ("worker", "worker", "consumer", "producer", "broker", "freeze", "rebalance")
+
+
+class Part:
+    """A process that is killed and started again; what it says goes into a file."""
+
+    def __init__(self, name: str, command: list[str], folder: Path) -> None:
+        self.name = name
+        self._command = command
+        self._log = folder / f"{name}.log"
+        self.process = self._started()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def check(self) -> None:
+        """Raises `UserError` if it ended by itself."""
+        if self.process.poll() not in (None, -signal.SIGKILL, -signal.SIGTERM):
+            raise UserError(
+                f"{self.name} ended by itself with status {self.process.returncode}; see {self._log}."
+            )
+
+    def end(self, how: signal.Signals) -> None:
+        """Send a signal that ends it, and wait."""
+        self.process.send_signal(how)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def again(self) -> None:
+        """Start it once more."""
+        self.process = self._started()
+
+
+class Flow:
+    """When samples last arrived in each partition, watched from outside."""
+
+    def __init__(self, kafka: KafkaSettings) -> None:
+        self._kafka = kafka
+        self._last = dict.fromkeys(range(kafka.partitions), 0.0)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def since(self, moment: float) -> float | None:
+        """Seconds from `moment` until samples had come again everywhere; None while they have not."""
+        first = min(self._last.values())
+        return first - moment if first > moment else None
+
+    def stop(self) -> None:
+        """No more watching."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        client = consumer(self._kafka.bootstrap, reconnect_backoff_max_ms=500)
+        places = [TopicPartition(SAMPLES, number) for number in range(self._kafka.partitions)]
+        client.assign(places)
+        for place, end in client.end_offsets(places).items():
+            client.seek(place, end)
+        while not self._stopped.is_set():
+            for place in client.poll(timeout_ms=50):
+                self._last[place.partition] = time.monotonic()
+        client.close()
+
+
+@dataclass
+class Bench:
+    """The parts, and what happens to them."""
+
+    cluster: Cluster
+    folder: Path
+    seed: int
+    tell: Callable[[str], None]
+    workers: dict[str, Part] = field(default_factory=dict)
+    resume_s: dict[str, list[float]] = field(default_factory=dict)
+    disturbances: Counter[str] = field(default_factory=Counter)
+
+    def start(self) -> None:
+        """Everything runs, and samples flow."""
+        config = self.cluster.config
+        bootstrap = config.kafka.bootstrap
+        self.rng = random.Random(self.seed)
+        path = str(write_config(config, self.folder))
+        for name in WORKERS:
+            command = [sys.executable, "-m", "ops.cli", "streams", "--config", path]
+            more = ["--member", name, "--data-dir", str(self.folder / "workers")]
+            self.workers[name] = Part(name, [*command, *more], self.folder)
+        part = [sys.executable, "-m", "ops.kills_parts"]
+        plan = [str(self.seed), str(int(time.time() * 1000)), str(RATE)]
+        folder = str(self.folder)
+        self.producer = Part("producer", [*part, "write", bootstrap, folder, *plan], self.folder)
+        reads = [*part, "read", bootstrap, folder, str(config.kafka.partitions)]
+        self.consumer = Part("consumer", reads, self.folder)
+        self.flow = Flow(config.kafka)
+        self._resumed(time.monotonic())
+
+    @property
+    def parts(self) -> list[Part]:
+        """All processes but the broker."""
+        return [*self.workers.values(), self.producer, self.consumer]
+
+    def disturb(self, kind: str) -> None:
+        """One disturbance, and how long it took until all flowed again."""
+        time.sleep(self.rng.uniform(0.3, 1.5))
+        self.disturbances[kind] += 1
+        began = time.monotonic()
+        getattr(self, f"_{kind}")()
+        self.resume_s.setdefault(kind, []).append(self._resumed(began))
+
+    def _worker(self) -> None:
+        part = self.rng.choice(list(self.workers.values()))
+        part.end(signal.SIGKILL)
+        time.sleep(self.rng.choice([0, 0.5, 0.5, SESSION_S + 1.5]))
+        part.again()
+
+    def _consumer(self) -> None:
+        self.consumer.end(signal.SIGKILL)
+        self.consumer.again()
+
+    def _producer(self) -> None:
+        self.producer.end(signal.SIGKILL)
+        time.sleep(self.rng.uniform(0, 1))
+        self.producer.again()
+
+    def _broker(self) -> None:
+        assert self.cluster.broker is not None
+        self.cluster.broker.kill()
+        self.cluster.broker.start()
+
+    def _freeze(self) -> None:
+        part = self.rng.choice(list(self.workers.values()))
+        part.process.send_signal(signal.SIGSTOP)
+        time.sleep(self.rng.choice([1.0, SESSION_S + 2]))
+        part.process.send_signal(signal.SIGCONT)
+
+    def _rebalance(self) -> None:
+        """A worker leaves in order and comes back under another name: partitions change hands twice."""
+        name = self.rng.choice(list(self.workers))
+        part = self.workers[name]
+        part.end(signal.SIGTERM)
+        part.again()
+        time.sleep(self.rng.uniform(0, SESSION_S))
+
+    def _resumed(self, since: float) -> float:
+        give_up = time.monotonic() + FLOW_S
+        while (took := self.flow.since(since)) is None:
+            for part in self.parts:
+                part.check()
+            if time.monotonic() > give_up:
+                raise UserError(
+                    f"samples did not flow again within {FLOW_S:.0f} s; the logs are in {self.folder}."
+                )
+            time.sleep(0.05)
+        return took
+
+    def finish(self) -> int:
+        """The producer writes the rest, all deadlines pass, everything stops; the number of requests."""
+        self.producer.process.send_signal(signal.SIGTERM)
+        give_up = time.monotonic() + FLOW_S
+        while self.producer.process.poll() is None and time.monotonic() < give_up:
+            time.sleep(0.1)
+        written = self.folder / "requests"
+        if not written.exists():
+            raise UserError(f"the producer did not finish; see {self.folder / 'producer.log'}.")
+        last = JOIN.cap_s + JOIN.lateness_s + self.cluster.config.streams.idle_grace_s
+        time.sleep(last + 2)
+        return int(written.read_text())
+
+    def stop(self) -> None:
+        """End what still runs."""
+        if hasattr(self, "flow"):
+            self.flow.stop()
+        for part in self.workers.values():
+            part.end(signal.SIGTERM)
+        for name in ("consumer", "producer"):
+            if hasattr(self, name):
+                getattr(self, name).end(signal.SIGTERM)
+
+
+def kinds_of(kills: int, seed: int) -> list[str]:
+    """Disturbances in a drawn order, each kind as often as its share says."""
+    kinds = [KINDS[number % len(KINDS)] for number in range(kills)]
+    random.Random(seed).shuffle(kinds)
+    return kinds
+
+
+def run(config: Config, kills: int, seed: int, json: Path | None) -> int:
+    """Bench, print, and return the exit status."""
+    console = Console()
+    folder = Path(config.storage.data_dir) / "bench-kills"
+    if (folder / "requests").exists() or (folder / FOLDER).exists():
+        raise UserError(f"{folder} holds an earlier bench; remove it, or name another --data-dir.")
+    streams = replace(config.streams, session_s=SESSION_S)
+    storage = replace(config.storage, data_dir=str(folder))
+    config = replace(config, join=JOIN, streams=streams, storage=storage)
+    with held(folder), open_cluster(config, console.print) as cluster, console.status("") as status:
+        if cluster.broker is None:
+            raise UserError("the broker must be its own to be killed: leave --bootstrap out.")
+        bench = Bench(cluster, folder, seed, status.update)
+        try:
+            bench.start()
+            for number, kind in enumerate(kinds_of(kills, seed), 1):
+                status.update(f"{number} of {kills}: {kind}")
+                bench.disturb(kind)
+            status.update("writing the rest")
+            requests = bench.finish()
+        finally:
+            bench.stop()
+        status.update("auditing")
+        found = audit_samples(cluster.config)
+    results = results_of(bench, found, requests)
+    checks = checks_of(results)
+    print_results(results, checks, console)
+    if json is not None:
+        write_results(json, "dwell bench kills", config, [seed], results, checks)
+    return exit_status(checks)
+
+
+def results_of(bench: Bench, found: Findings, requests: int) -> dict[str, Any]:
+    """The figures of one bench."""
+    lines = taken(bench.folder)
+    at = Counter((line.partition, line.offset) for line in lines)
+    results = figures(found)
+    results["requests"] = requests
+    results["missing"] = requests - found.exposures
+    results["learner"] = {
+        "taken": len(at),
+        "twice": len(lines) - len(at),
+        "requests": len({line.request for line in lines}),
+    }
+    results["disturbances"] = dict(bench.disturbances)
+    results["resume"] = {
+        kind: {
+            "p50_s": float(np.quantile(seconds, 0.5)),
+            "p99_s": float(np.quantile(seconds, 0.99)),
+        }
+        for kind, seconds in sorted(bench.resume_s.items())
+    }
+    return results
+
+
+def checks_of(results: dict[str, Any]) -> list[Check]:
+    """Nothing lost, doubled or mislabelled, and back in time."""
+    learner = results["learner"]
+    none = {
+        name: results[name]
+        for name in ("lost", "duplicated", "wrong_label", "unaccounted", "missing", "open")
+    }
+    none["learner.twice"] = learner["twice"]
+    none["learner.missing"] = results["samples"] - learner["requests"]
+    checks = [Check(name, value, "0", value == 0) for name, value in none.items()]
+    for kind, goal in (("worker", 10.0), ("broker", 30.0)):
+        if kind in results["resume"]:
+            took = results["resume"][kind]["p99_s"]
+            name = f"resume.{kind}.p99_s"
+            checks.append(Check(name, took, f"< {goal:.0f}", took < goal, correctness=False))
+    return checks

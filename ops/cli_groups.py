@@ -1,0 +1,93 @@
+"""The commands that come in groups: `dwell audit`, `dwell bench` and `dwell dead-letters`."""
+
+from datetime import datetime
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from ops.cli_base import Common, JsonFile, command, require_writable
+from ops.errors import UserError
+
+audit = typer.Typer(
+    help="Does a live or past run hold what must always hold?", no_args_is_help=True
+)
+bench = typer.Typer(help="How fast, and does it hold under force?", no_args_is_help=True)
+dead_letters = typer.Typer(help="What could not be used, why, and once more.", no_args_is_help=True)
+Moment = typer.Option(formats=["%Y-%m-%dT%H:%M:%S", "%Y-%m-%d"], help="Local time.")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make these commands part of the program."""
+    app.add_typer(audit, name="audit")
+    app.add_typer(bench, name="bench")
+    app.add_typer(dead_letters, name="dead-letters")
+
+
+@partial(command, group=audit)
+def samples(
+    common: Common,
+    since: Annotated[datetime | None, Moment] = None,
+    until: Annotated[datetime | None, Moment] = None,
+    json: JsonFile = None,
+) -> None:
+    """Does every exposure have exactly one sample, with the right label?"""
+    from ops.audit_samples import run
+
+    config = common.load_of_run()
+    require_writable(json)
+    if since is not None and until is not None and since >= until:
+        raise UserError(f"--since {since} is not before --until {until}; exchange them.")
+    raise typer.Exit(run(config, (since, until), json))
+
+
+@partial(command, group=bench)
+def kills(
+    common: Common,
+    kills: Annotated[int, typer.Option(min=1, help="Disturbances in all.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the truth and of the disturbances.")] = 1,
+    json: JsonFile = None,
+) -> None:
+    """Kill, freeze and rebalance the join on a real broker; then audit what came of it."""
+    config = common.load()
+    require_writable(json)
+    from ops.bench_kills import run
+
+    raise typer.Exit(run(config, kills, seed, json))
+
+
+Reason = Annotated[str | None, typer.Option(help="Only those with this reason.")]
+Topic = Annotated[str | None, typer.Option(help="Only those that came from this topic.")]
+Offsets = Annotated[
+    list[int] | None, typer.Option("--offset", help="Only this one of `dead-letters`; repeatable.")
+]
+
+
+@partial(command, group=dead_letters)
+def list_(
+    common: Common,
+    reason: Reason = None,
+    topic: Topic = None,
+    offset: Offsets = None,
+    last: Annotated[int, typer.Option(min=1, help="Show at most this many, the newest.")] = 50,
+) -> None:
+    """Show dead letters: when, why, and where they came from."""
+    from ops.cluster import visited
+    from ops.dead_letters import Wanted, show
+
+    wanted = Wanted(reason, topic, frozenset(offset or ()))
+    with visited(common.load_of_run(), typer.echo) as config:
+        raise typer.Exit(show(config, wanted, last))
+
+
+@partial(command, group=dead_letters)
+def replay(
+    common: Common, reason: Reason = None, topic: Topic = None, offset: Offsets = None
+) -> None:
+    """Write dead letters of the inputs to their topics again, those that would now be taken."""
+    from ops.cluster import visited
+    from ops.dead_letters import Wanted, replay
+
+    wanted = Wanted(reason, topic, frozenset(offset or ()))
+    with visited(common.load_of_run(), typer.echo) as config:
+        raise typer.Exit(replay(config, wanted))
