@@ -246,7 +246,8 @@ def run(config: Config, kills: int, seed: int, json: Path | None) -> int:
         raise UserError(f"{folder} holds an earlier bench; remove it, or name another --data-dir.")
     streams = replace(config.streams, session_s=SESSION_S)
     storage = replace(config.storage, data_dir=str(folder))
-    config = replace(config, join=JOIN, streams=streams, storage=storage)
+    join = replace(JOIN, order=config.join.order)
+    config = replace(config, join=join, streams=streams, storage=storage)
     with held(folder), open_cluster(config, console.print) as cluster, console.status("") as status:
         if cluster.broker is None:
             raise UserError("the broker must be its own to be killed: leave --bootstrap out.")

@@ -257,6 +257,9 @@ class Serial:
             records.append(LogRecord(HISTORIES, lane.next(HISTORIES), encode(history)))
             self._users.take_history(history.user, encode(history))
         records += [LogRecord(SHAPING, lane.next(SHAPING), encode(one)) for one in output.shaping]
+        records += [
+            LogRecord(SHAPING, lane.next(SHAPING), None, key.encode()) for key in output.forgotten
+        ]
         lane.state.apply(records)
         self.result.samples += len(output.samples)
 

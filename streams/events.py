@@ -221,7 +221,30 @@ class LateStart(msgspec.Struct, tag_field="type", tag="late", kw_only=True):
     start_ms: int
 
 
-Shaping = UserShaping | BucketShaping | QuantileShaping | LateStart
+class HeldPosition(msgspec.Struct, kw_only=True):
+    """What became of one position of a request that waits."""
+
+    outcome: Outcome
+    play_ms: int
+    last_ms: int
+    actions: int
+
+
+class Held(msgspec.Struct, tag_field="type", tag="held", kw_only=True):
+    """Changelog of a closed request that waits for older ones (order `exposure`). Deleted when its sample is made."""
+
+    v: str = VERSION
+    offset: int
+    start_ms: int
+    decided_ms: int
+    closed_by: Literal["decided", "deadline", "memory"]
+    watermark_ms: int
+    closable_ms: int
+    feedback_upto: int
+    positions: dict[int, HeldPosition]
+
+
+Shaping = UserShaping | BucketShaping | QuantileShaping | LateStart | Held
 
 
 class Upsert(msgspec.Struct, tag_field="type", tag="upsert", kw_only=True):

@@ -187,6 +187,7 @@ class Join:
         self._open: dict[str, _Request] = {}
         self._late: set[int] = set()
         self._checks: list[tuple[int, str]] = []
+        self._starts: list[tuple[int, str]] | None = [] if settings.order == "exposure" else None
         self._exposure_offsets: OrderedDict[str, int] = OrderedDict()
         self._feedback_offsets: OrderedDict[str, int] = OrderedDict()
 
@@ -199,6 +200,17 @@ class Join:
     def open(self) -> int:
         """Requests that wait for feedback, or whose feedback waits for its exposure."""
         return len(self._open)
+
+    @property
+    def oldest_open(self) -> tuple[int, str] | None:
+        """(start, request) of the oldest open request; kept under order `exposure` only."""
+        while self._starts:
+            start_ms, request_id = self._starts[0]
+            request = self._open.get(request_id)
+            if request is not None and request.exposure is not None:
+                return start_ms, request_id
+            heapq.heappop(self._starts)
+        return None
 
     def needed(self, exposures_upto: int, feedback_upto: int) -> tuple[int, int]:
         """Smallest input offsets from which the open requests can be rebuilt."""
@@ -235,6 +247,8 @@ class Join:
         request.exposure, request.exposure_offset = exposure, offset
         request.start_ms = start_ms
         self._exposure_offsets[exposure.request] = offset
+        if self._starts is not None:
+            heapq.heappush(self._starts, (start_ms, exposure.request))
         shown = {item.position for item in exposure.items}
         request.begun = {p: at for p, at in request.begun.items() if p in shown}
         self._schedule(exposure.request, request)

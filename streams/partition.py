@@ -20,9 +20,10 @@ from streams.events import (
     Shaping,
 )
 from streams.join import Join, Joined
+from streams.sequence import Sequence, joined_of
 from streams.settings import JoinSettings, ShapeSettings, StreamsSettings
 from streams.shape import Shape
-from streams.state import PartitionState
+from streams.state import PartitionState, held_key, late_key
 
 
 class OffsetNote(msgspec.Struct):
@@ -41,13 +42,13 @@ class Output:
     samples: list[Sample] = field(default_factory=list)
     histories: list[History] = field(default_factory=list)
     shaping: list[Shaping] = field(default_factory=list)
-    late_closed: list[int] = field(default_factory=list)
-    """Offsets of exposures that came late and whose start is no longer needed."""
+    forgotten: list[str] = field(default_factory=list)
+    """Keys of `shaping` that are no longer needed: starts of late exposures, requests that waited."""
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to commit but offsets."""
-        return not (self.samples or self.histories or self.shaping or self.late_closed)
+        return not (self.samples or self.histories or self.shaping or self.forgotten)
 
 
 class Partition:
@@ -60,13 +61,17 @@ class Partition:
         streams: StreamsSettings,
         state: PartitionState,
     ) -> None:
-        self.join = Join(join, state.is_closed)
+        self._sequence = Sequence() if join.order == "exposure" else None
+        self.join = Join(join, self._is_closed)
         self.shape = Shape(shape, state.plays)
         self._settings = streams
         self._state = state
         self._samples: list[Sample] = []
         self._histories: dict[str, History] = {}
         self._late_starts = state.late_starts()
+        self._held = state.held()
+        if self._held and self._sequence is None:
+            self._sequence = Sequence()  # they waited under the other order: let them go on
         for population in state.populations():
             self.shape.restore(population)
 
@@ -85,16 +90,23 @@ class Partition:
     def take(self) -> Output:
         """What came of the input since the last call; the caller commits it before going on."""
         late = self.join.late_changes
-        opened = [
+        changes: list[Shaping] = [
             LateStart(offset=offset, start_ms=start)
             for offset, start in late.items()
             if start is not None
         ]
+        forgotten = [late_key(offset) for offset, start in late.items() if start is None]
+        if self._sequence is not None:
+            held = self._sequence.changes
+            changes += [one for one in held.values() if one is not None]
+            forgotten += [held_key(offset) for offset, one in held.items() if one is None]
+            held.clear()
+            self._sequence.settle()
         output = Output(
             self._samples,
             list(self._histories.values()),
-            [*self.shape.take_changes(), *opened],
-            [offset for offset, start in late.items() if start is None],
+            [*self.shape.take_changes(), *changes],
+            forgotten,
         )
         self._samples, self._histories = [], {}
         self.join.closed.clear()
@@ -104,6 +116,8 @@ class Partition:
     def note(self, exposures_upto: int, feedback_upto: int) -> OffsetNote:
         """What to commit beside the offsets of the next records to be read."""
         need_exposures, need_feedback = self.join.needed(exposures_upto, feedback_upto)
+        if self._sequence is not None:
+            need_exposures = min(need_exposures, self._sequence.needed(exposures_upto))
         return OffsetNote(
             exposures_ms=self.join.exposures_ms,
             feedback_ms=self.join.feedback_ms,
@@ -113,6 +127,11 @@ class Partition:
 
     def reopen(self, exposure: Exposure, offset: int, note: OffsetNote) -> None:
         """Take a needed exposure again; nothing closes until `resume`."""
+        held = self._held.get(offset)
+        if held is not None:
+            assert self._sequence is not None
+            self._sequence.restore(joined_of(held, exposure))
+            return
         late_ms = self._late_starts.get(offset)
         horizon_ms = min(note.exposures_ms, note.feedback_ms) - self.join.times.horizon
         if late_ms is None and exposure.time_ms < horizon_ms:
@@ -122,6 +141,7 @@ class Partition:
     def resume(self, note: OffsetNote, feedback_upto: int) -> None:
         """All that was needed has been taken: go on where the note was written."""
         self._late_starts.clear()
+        self._held.clear()
         self.join.exposures_ms = note.exposures_ms
         self.join.feedback_ms = note.feedback_ms
         self.join.feedback_upto = feedback_upto
@@ -129,10 +149,18 @@ class Partition:
 
     def admit(self, joined: list[Joined]) -> None:
         """Requests that are decided: by this join, or before the loop began (a log to start from)."""
+        if self._sequence is not None:
+            self._sequence.hold(joined)
+            before_ms = self.join.watermark_ms - self.join.times.lateness
+            joined = self._sequence.go_on(self.join.oldest_open, before_ms)
         for one in joined:
             sample = self.shape.shape(one)
             self._samples.append(sample)
             self._histories[sample.user] = self._history(sample, one)
+
+    def _is_closed(self, request: str) -> bool:
+        waits = self._sequence is not None and request in self._sequence
+        return waits or self._state.is_closed(request)
 
     def _history(self, sample: Sample, joined: Joined) -> History:
         """The user's history with this request: its final plays, and what was shown."""

@@ -33,7 +33,7 @@ from streams.intake import MAX_EVENT_BYTES, Intake
 from streams.partition import OffsetNote, Output, Partition
 from streams.readback import OwnershipLostError, StreamsError, gap, read_to_end, standing
 from streams.settings import JoinSettings, KafkaSettings, ShapeSettings, StreamsSettings
-from streams.state import CHANGELOGS, LogRecord, PartitionState, late_key, shaping_key
+from streams.state import CHANGELOGS, LogRecord, PartitionState, shaping_key
 from streams.topics import (
     DEAD_LETTERS,
     EXPOSURES,
@@ -275,8 +275,8 @@ class PartitionProcessor:
             await send(HISTORIES, history.user, encode(history))
         for shaping in output.shaping:
             await send(SHAPING, shaping_key(shaping), encode(shaping))
-        for offset in output.late_closed:
-            await send(SHAPING, late_key(offset), None)
+        for key in output.forgotten:
+            await send(SHAPING, key, None)
         for letter in dead:
             await producer.send(DEAD_LETTERS, encode(letter), letter.key)
         exposures_upto = await consumer.position(self._exposures)

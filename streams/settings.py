@@ -5,7 +5,7 @@ above 320 s on a real feed log; a window of 60 s would censor half of the top-qu
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -47,6 +47,8 @@ class JoinSettings:
     """A play without an event for this long is final at what was played."""
     lateness_s: NotNegative = 10.0
     """How far behind the watermark an event may arrive and still count."""
+    order: Literal["closing", "exposure"] = "closing"
+    """When a sample is made: once its request is closed, or once all older ones of its partition are closed too."""
     max_skew_s: NotNegative = 5.0
     """An event time further ahead of its record's timestamp is a dead letter."""
     dedupe_horizon_s: Positive = 86_400.0

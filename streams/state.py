@@ -11,6 +11,7 @@ from typing import NamedTuple
 from storage.kv import Kv
 from streams.events import (
     BucketShaping,
+    Held,
     History,
     LateStart,
     QuantileShaping,
@@ -45,12 +46,19 @@ def shaping_key(state: Shaping) -> str:
         return f"bucket/{state.arm}/{state.bucket}"
     if isinstance(state, LateStart):
         return late_key(state.offset)
+    if isinstance(state, Held):
+        return held_key(state.offset)
     return f"quantile/{state.arm}"
 
 
 def late_key(offset: int) -> str:
     """Compaction key of the start of a late exposure."""
     return f"late/{offset}"
+
+
+def held_key(offset: int) -> str:
+    """Compaction key of a closed request that waits for older ones."""
+    return f"held/{offset}"
 
 
 class PartitionState:
@@ -105,6 +113,15 @@ class PartitionState:
             state = decode(shaping_decoder, value)
             assert isinstance(state, LateStart)
             found[state.offset] = state.start_ms
+        return found
+
+    def held(self) -> dict[int, Held]:
+        """Closed requests that wait for older ones, by exposure offset."""
+        found = {}
+        for _, value in self._kv.scan(b"sheld/"):
+            state = decode(shaping_decoder, value)
+            assert isinstance(state, Held)
+            found[state.offset] = state
         return found
 
     def history(self, user: str) -> History | None:

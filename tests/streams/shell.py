@@ -10,7 +10,7 @@ from streams.events import Exposure, Feedback, Sample, encode
 from streams.join import NEVER
 from streams.partition import OffsetNote, Partition
 from streams.settings import JoinSettings, ShapeSettings, StreamsSettings
-from streams.state import LogRecord, PartitionState, late_key, shaping_key
+from streams.state import LogRecord, PartitionState, shaping_key
 from streams.topics import EXPOSURES, FEEDBACK, HISTORIES, SAMPLES, SHAPING
 from tests.streams.makers import T0, Feed, exposure
 
@@ -80,7 +80,7 @@ class Shell:
             *(self._append(SAMPLES, sample.user, encode(sample)) for sample in output.samples),
             *(self._append(HISTORIES, each.user, encode(each)) for each in output.histories),
             *(self._append(SHAPING, shaping_key(one), encode(one)) for one in output.shaping),
-            *(self._append(SHAPING, late_key(offset), None) for offset in output.late_closed),
+            *(self._append(SHAPING, key, None) for key in output.forgotten),
         ]
         self.samples += output.samples
         self.note = self.partition.note(self.offset(EXPOSURES, at), self.offset(FEEDBACK, at))
