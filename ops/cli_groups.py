@@ -1,18 +1,22 @@
-"""The commands that come in groups: `dwell audit`, `dwell bench` and `dwell dead-letters`."""
+"""The commands that come in groups: `dwell audit`, `dwell bench`, `dwell eval` and `dwell dead-letters`."""
 
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ops.cli_base import Common, JsonFile, command, require_writable
+from ops.cli_base import Common, JsonFile, LogDir, command, require_writable
 from ops.errors import UserError
 
 audit = typer.Typer(
     help="Does a live or past run hold what must always hold?", no_args_is_help=True
 )
 bench = typer.Typer(help="How fast, and does it hold under force?", no_args_is_help=True)
+eval_ = typer.Typer(
+    help="Does it learn, and what do its parts do to real data?", no_args_is_help=True
+)
 dead_letters = typer.Typer(help="What could not be used, why, and once more.", no_args_is_help=True)
 Moment = typer.Option(formats=["%Y-%m-%dT%H:%M:%S", "%Y-%m-%d"], help="Local time.")
 
@@ -21,6 +25,7 @@ def add_to(app: typer.Typer) -> None:
     """Make these commands part of the program."""
     app.add_typer(audit, name="audit")
     app.add_typer(bench, name="bench")
+    app.add_typer(eval_, name="eval")
     app.add_typer(dead_letters, name="dead-letters")
 
 
@@ -54,6 +59,23 @@ def kills(
     from ops.bench_kills import run
 
     raise typer.Exit(run(config, kills, seed, json))
+
+
+@partial(command, group=eval_)
+def shaping(
+    common: Common,
+    directory: LogDir,
+    json: JsonFile = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the results here as SVG.")
+    ] = None,
+) -> None:
+    """Shape a real feed log: what dwell, play ratio and percentile owe to duration, and to likes."""
+    config = common.load()
+    require_writable(json)
+    from ops.eval_shaping import run
+
+    raise typer.Exit(run(config, directory, json, plot))
 
 
 Reason = Annotated[str | None, typer.Option(help="Only those with this reason.")]
