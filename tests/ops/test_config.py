@@ -42,6 +42,10 @@ def changed(value: Any) -> Any:
             return value + 1
         case "":
             return "somewhere:9092"
+        case "closing":
+            return "exposure"
+        case "streams":
+            return "another-1"
         case _:
             return f'{value} "x" \\ é'
 
