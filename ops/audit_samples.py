@@ -24,7 +24,7 @@ from ops.cluster import visited
 from ops.config import Config
 from ops.results import Check, exit_status, print_results, write_results
 from streams.audit import Entry, Findings, PartitionLogs, audit
-from streams.clients import consumer, read
+from streams.clients import consumer, read, records
 from streams.events import (
     BucketShaping,
     Exposure,
@@ -123,7 +123,7 @@ def _logs(
         exposures_upto=standing.exposures,
         feedback_upto=standing.feedback,
         watermark_ms=standing.watermark_ms,
-        seeds=None if span != (None, None) else _seeds(config.kafka, number, began_ms),
+        seeds=None if span != (None, None) else seeds_of(config.kafka, number, began_ms),
     )
 
 
@@ -137,29 +137,27 @@ def _first_at(
     return client.end_offsets([place])[place] if found is None else int(found.offset)
 
 
-def _seeds(kafka: KafkaSettings, number: int, began_ms: int | None) -> list[Shaping] | None:
+def seeds_of(kafka: KafkaSettings, number: int, began_ms: int | None) -> list[Shaping] | None:
     """What `shaping` held before the partition's first sample was written; None where that is not known.
 
     A start writes it in one piece from the first offset on. Compaction removes what was overwritten, and every sample
-    overwrites its arm's quantile: where that is missing, or the piece has a hole, the beginning is gone. Also aborted
-    records are read, for they are no holes.
+    overwrites its arm's quantile: where that is missing, or nothing stands at the beginning, not even an aborted
+    record, the beginning is gone.
     """
     client = consumer(kafka.bootstrap, isolation_level="read_uncommitted")
     try:
-        first_sample = client.beginning_offsets([TopicPartition(SAMPLES, number)])
-        if any(first_sample.values()):
+        if any(client.beginning_offsets([TopicPartition(SAMPLES, number)]).values()):
             return None
-        seeds: list[Shaping] = []
-        for record in read(client, SHAPING, number):
-            if began_ms is None or record.timestamp >= began_ms:
-                if not seeds and record.offset > MARKERS:
-                    return None
-                break
-            if record.offset != len(seeds):
-                return None
-            seeds.append(decode(shaping_decoder, record.value))
+        first = next(read(client, SHAPING, number), None)
     finally:
         client.close()
+    if first is not None and first.offset > MARKERS:
+        return None
+    seeds: list[Shaping] = []
+    for record in records(kafka.bootstrap, SHAPING, number):
+        if record.offset != len(seeds) or (began_ms is not None and record.timestamp >= began_ms):
+            break
+        seeds.append(decode(shaping_decoder, record.value))
     arms = {seed.arm for seed in seeds if isinstance(seed, BucketShaping)}
     judged = {seed.arm for seed in seeds if isinstance(seed, QuantileShaping)}
     return seeds if arms <= judged else None

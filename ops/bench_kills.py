@@ -134,7 +134,7 @@ class Bench:
         config = self.cluster.config
         bootstrap = config.kafka.bootstrap
         self.rng = random.Random(self.seed)
-        path = str(write_config(config, self.folder))
+        path = str(write_config(config, self.folder / "run"))
         for name in WORKERS:
             command = [sys.executable, "-m", "ops.cli", "streams", "--config", path]
             more = ["--member", name, "--data-dir", str(self.folder / "workers")]

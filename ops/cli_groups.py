@@ -61,6 +61,21 @@ def kills(
     raise typer.Exit(run(config, kills, seed, json))
 
 
+@partial(command, group=bench)
+def join(
+    common: Common,
+    requests: Annotated[int, typer.Option(min=100, help="Requests of the throughput.")] = 20_000,
+    waiting: Annotated[int, typer.Option(min=100, help="Requests that wait.")] = 100_000,
+    json: JsonFile = None,
+) -> None:
+    """How fast join and shape are, beside Faust with a table update an event."""
+    config = common.load()
+    require_writable(json)
+    from ops.bench_join import run
+
+    raise typer.Exit(run(config, requests, waiting, json))
+
+
 @partial(command, group=eval_)
 def shaping(
     common: Common,

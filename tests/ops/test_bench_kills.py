@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,27 @@ def holds(results: dict[str, Any], kills: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_few_kills_lose_double_and_mislabel_nothing(tmp_path: Path) -> None:
-    holds(bench(tmp_path, 5, seed=3), 5)
+    """Nor does the audit of the run that is past, as a whole or by time."""
+    results = bench(tmp_path, 5, seed=3)
+    holds(results, 5)
+    whole = audited(tmp_path)
+    assert {name: results[name] for name in whole if name != "journal"} == {
+        name: value for name, value in whole.items() if name != "journal"
+    }
+    half = datetime.now() - timedelta(seconds=25)
+    later = audited(tmp_path, "--since", half.isoformat("T", "seconds"))
+    assert 0 < later["exposures"] < whole["exposures"]
+    assert later["samples"] == later["exposures"]
+    assert later["shaping_checked"] == later["wrong_label"] == later["lost"] == 0
+
+
+def audited(folder: Path, *more: str) -> dict[str, Any]:
+    out = folder / "audit.json"
+    command = [sys.executable, "-m", "ops.cli", "audit", "samples", "--json", str(out), *more]
+    where = ["--data-dir", str(folder / "data" / "bench-kills")]
+    done = subprocess.run([*command, *where], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(json.loads(out.read_text())["results"])
 
 
 @pytest.mark.soak
