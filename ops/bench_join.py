@@ -10,15 +10,14 @@ Notable choices
 - Latency: closable -> the sample is read, at a steady rate of events.
 """
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,26 +25,21 @@ import numpy as np
 from kafka import TopicPartition
 from rich.console import Console
 
-from ops.account import committed
-from ops.cluster import open_cluster
 from ops.config import Config
 from ops.errors import UserError
 from ops.results import Check, exit_status, print_results, write_results
-from ops.roles import write_config
-from streams.clients import consumer, producer, records
+from ops.streams_worker import Worker, Writer, all_read, empty_cluster
+from streams.clients import consumer, records
 from streams.events import (
     Exposure,
     Feedback,
     FeedbackKind,
     ShownItem,
-    Tick,
     decode,
-    encode,
     sample_decoder,
 )
-from streams.intake import partition_of
 from streams.settings import JoinSettings, KafkaSettings
-from streams.topics import EXPOSURES, FEEDBACK, SAMPLES
+from streams.topics import SAMPLES
 
 ITEMS: Final = 4
 EVENTS: Final = 1 + 3 * ITEMS
@@ -104,81 +98,14 @@ def request(number: int, time_ms: int) -> tuple[Exposure, list[Feedback]]:
     return shown, feedback
 
 
-class Writer:
-    """Writes requests and ticks to a cluster."""
-
-    def __init__(self, kafka: KafkaSettings) -> None:
-        self._partitions = kafka.partitions
-        self._client = producer(kafka.bootstrap, linger_ms=20, batch_size=1 << 17)
-
-    def event(self, event: Exposure | Feedback) -> None:
-        """One event, to its user's partition."""
-        topic = EXPOSURES if isinstance(event, Exposure) else FEEDBACK
-        partition = partition_of(event.user, self._partitions)
-        self._client.send(topic, encode(event), event.user.encode(), partition=partition)
-
-    def tick(self, time_ms: int) -> None:
-        """All partitions have come to this time."""
-        tick = encode(Tick(time_ms=time_ms, writer="bench"))
-        for topic in (EXPOSURES, FEEDBACK):
-            for partition in range(self._partitions):
-                self._client.send(topic, tick, partition=partition)
-
-    def requests(self, count: int, t0_ms: int, spacing_ms: float) -> int:
-        """Requests in order of time; returns the time after the last."""
-        for number in range(count):
-            shown, feedback = request(number, t0_ms + int(number * spacing_ms))
-            self.event(shown)
-            for event in feedback:
-                self.event(event)
-        return t0_ms + int(count * spacing_ms) + 1000
-
-    def flush(self) -> None:
-        """Wait until all is written."""
-        self._client.flush()
-
-    def close(self) -> None:
-        """Leave."""
-        self._client.close()
-
-
-class Worker:
-    """`dwell streams` as a process."""
-
-    def __init__(self, config: Config, name: str, folder: Path) -> None:
-        path = str(write_config(config, folder / "run"))
-        command = [sys.executable, "-m", "ops.cli", "streams", "--config", path]
-        more = ["--member", name, "--data-dir", str(folder)]
-        self.log = folder / f"{name}.log"
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*command, *more], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-
-    def open_requests(self) -> int | None:
-        """What it said it took up, over all partitions; None while it has not said so of each."""
-        lines = [line for line in self.log.read_text().splitlines() if "open requests" in line]
-        return sum(int(line.split()[-3]) for line in lines) if len(lines) >= 4 else None
-
-    def cpu_s(self) -> float:
-        """CPU seconds so far."""
-        parts = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
-
-    def resident(self) -> int:
-        """Resident bytes."""
-        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Send a signal that ends it, and wait."""
-        self._process.send_signal(how)
-        self._process.wait(30)
-
-    def check(self) -> None:
-        """Raises `UserError` if it ended by itself."""
-        if self._process.poll() is not None:
-            raise UserError(f"a worker ended by itself; see {self.log}.")
+def write_requests(writer: Writer, count: int, t0_ms: int, spacing_ms: float) -> int:
+    """Requests in order of time; returns the time after the last."""
+    for number in range(count):
+        shown, feedback = request(number, t0_ms + int(number * spacing_ms))
+        writer.event(shown)
+        for event in feedback:
+            writer.event(event)
+    return t0_ms + int(count * spacing_ms) + 1000
 
 
 @dataclass
@@ -189,31 +116,19 @@ class Bench:
     folder: Path
     tell: Callable[[str], None]
 
-    @contextmanager
-    def cluster(self, name: str, join: JoinSettings, tick: bool) -> Iterator[tuple[Config, Path]]:
+    def cluster(
+        self, name: str, join: JoinSettings, tick: bool
+    ) -> AbstractContextManager[tuple[Config, Path]]:
         """An empty cluster."""
-        folder = self.folder / name
-        if folder.exists():
-            raise UserError(
-                f"{folder} holds an earlier bench; remove it, or name another --data-dir."
-            )
-        folder.mkdir(parents=True)
         self.tell(name)
-        config = replace(
-            self.config,
-            join=join,
-            streams=replace(self.config.streams, tick=tick, session_s=4.0),
-            storage=replace(self.config.storage, data_dir=str(folder)),
-        )
-        with open_cluster(config, lambda _: None) as cluster:
-            yield cluster.config, folder
+        return empty_cluster(self.config, self.folder / name, join, tick)
 
     def throughput(self, requests: int, workers: int) -> dict[str, float]:
         """Samples of a log that is there already, as fast as it goes."""
         with self.cluster(f"throughput-{workers}", FAST, tick=False) as (config, folder):
             writer = Writer(config.kafka)
             t0_ms = int(time.time() * 1000) - 3_000_000
-            writer.tick(writer.requests(requests, t0_ms, 2.0) + 100_000)
+            writer.tick(write_requests(writer, requests, t0_ms, 2.0) + 100_000)
             writer.flush()
             writer.close()
             running = [Worker(config, f"w{n}", folder) for n in range(workers)]
@@ -245,7 +160,7 @@ class Bench:
         """Events a second of the baseline, one table update each."""
         with self.cluster("faust", FAST, tick=False) as (config, folder):
             writer = Writer(config.kafka)
-            writer.requests(requests, int(time.time() * 1000) - 3_000_000, 2.0)
+            write_requests(writer, requests, int(time.time() * 1000) - 3_000_000, 2.0)
             writer.flush()
             writer.close()
             command = [sys.executable, "-m", "ops.bench_join_faust", config.kafka.bootstrap]
@@ -271,7 +186,7 @@ class Bench:
             writer.close()
             worker = Worker(config, "w0", folder)
             try:
-                self._until(lambda: self._read_all(config.kafka, requests), [worker])
+                self._until(lambda: all_read(config.kafka), [worker])
                 resident = worker.resident() - self._idle_bytes
                 worker.end(signal.SIGKILL)
                 began = time.monotonic()
@@ -337,11 +252,6 @@ class Bench:
 
         self._until(enough, workers, pause_s=2.0)
         return np.sort(np.array(found))
-
-    def _read_all(self, kafka: KafkaSettings, requests: int) -> bool:
-        """Whether the join has committed all of its input."""
-        standings = committed(kafka).values()
-        return sum(standing.exposures + standing.feedback for standing in standings) >= 2 * requests
 
     def _until(
         self, holds: Callable[[], bool], workers: list[Worker], pause_s: float = 0.2

@@ -93,6 +93,24 @@ def shaping(
     raise typer.Exit(run(config, directory, json, plot))
 
 
+@partial(command, group=eval_)
+def order(
+    common: Common,
+    directory: LogDir,
+    limit: Annotated[
+        int | None, typer.Option(metavar="REQUESTS", min=1, help="Only the log's first requests.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffling.")] = 1,
+    json: JsonFile = None,
+) -> None:
+    """Join a real feed log twice, the second time shuffled and doubled: are the samples the same?"""
+    config = common.load()
+    require_writable(json)
+    from ops.eval_order import run
+
+    raise typer.Exit(run(config, directory, limit, seed, json))
+
+
 Reason = Annotated[str | None, typer.Option(help="Only those with this reason.")]
 Topic = Annotated[str | None, typer.Option(help="Only those that came from this topic.")]
 Offsets = Annotated[

@@ -195,7 +195,7 @@ def _samples(
     """Row, partition, outcome and sample of each request, in the order in which they close."""
     joins = [Join(join, lambda _: False) for _ in range(partitions)]
     shapes = [Shape(shape, lambda _arm, _user: None) for _ in range(partitions)]
-    requests = Requests(rows, chosen, Users(ActorSettings()), _catalogue(rows, chosen), context=1)
+    requests = Requests(rows, chosen, Users(ActorSettings()), videos_of(rows, chosen), context=1)
     open_rows: dict[str, int] = {}
     numbers: dict[str, int] = {}
     now_ms = begun = 0
@@ -231,7 +231,7 @@ def _samples(
             yield from shaped(number, one.tick(end_ms, on_exposures, end_ms))
 
 
-def _catalogue(rows: NDArray[np.void], chosen: NDArray[np.integer]) -> Catalogue:
+def videos_of(rows: NDArray[np.void], chosen: NDArray[np.integer]) -> Catalogue:
     """The log's videos; no policy serves here, so all have the same semantic ID."""
     catalogue = Catalogue(codes=1)
     for offset, video in enumerate(np.unique(rows["video"][chosen]).tolist()):

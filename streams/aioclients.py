@@ -5,6 +5,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
 
 STOP_PATIENCE_S = 3.0
 
@@ -41,3 +42,9 @@ async def leave_producer(producer: AIOKafkaProducer, patience_s: float = STOP_PA
     """Stop a producer; what a broker that is away has not acknowledged was not promised to anybody."""
     if not await leave(producer.stop(), patience_s):
         await leave(producer.client.close(), patience_s)
+
+
+def tell_once(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """A failed transaction is told once: aiokafka leaves the same error in every record it held."""
+    if not isinstance(context.get("exception"), KafkaError):
+        loop.default_exception_handler(context)

@@ -22,8 +22,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListen
 from aiokafka.errors import KafkaError
 from prometheus_client import Gauge
 
-from streams.aioclients import begin, leave, leave_producer
-from streams.processor import PartitionProcessor, tell_once
+from streams.aioclients import begin, leave, leave_producer, tell_once
+from streams.processor import PartitionProcessor
 from streams.readback import OwnershipLostError, StreamsError
 from streams.settings import JoinSettings, KafkaSettings, ShapeSettings, StreamsSettings
 from streams.topics import EXPOSURES

@@ -320,36 +320,3 @@ class PartitionProcessor:
 def transactional_id(partition: int) -> str:
     """Who owns a partition: starting a producer with this id ends its predecessor's ownership."""
     return f"dwell-streams-{partition}"
-
-
-def tell_once(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """A failed transaction is told once: aiokafka leaves the same error in every record it held."""
-    if not isinstance(context.get("exception"), KafkaError):
-        loop.default_exception_handler(context)
-
-
-async def run(
-    kafka: KafkaSettings,
-    join: JoinSettings,
-    shape: ShapeSettings,
-    streams: StreamsSettings,
-    state_dir: Path,
-    partitions: list[int],
-) -> None:
-    """Process `partitions` until cancelled.
-
-    Raises `OwnershipLostError` when another process took a partition over, another `StreamsError` when its logs
-    cannot be gone on with, `StoreError` when its local state cannot be opened.
-    """
-    asyncio.get_running_loop().set_exception_handler(tell_once)
-    ticker = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=0)
-    try:
-        await begin(ticker.start())
-        async with asyncio.TaskGroup() as group:
-            for partition in partitions:
-                processor = PartitionProcessor(partition, kafka, join, shape, streams, state_dir)
-                group.create_task(processor.run(ticker))
-    except ExceptionGroup as failed:  # except* would group it again before Python 3.11.4
-        raise failed.exceptions[0] from None
-    finally:
-        await leave_producer(ticker)

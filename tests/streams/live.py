@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aiokafka import AIOKafkaProducer
 
+from streams.aioclients import begin, leave_producer, tell_once
 from streams.audit import disagreement
 from streams.clients import records
 from streams.events import (
@@ -22,7 +23,7 @@ from streams.events import (
     sample_decoder,
 )
 from streams.intake import partition_of
-from streams.processor import run
+from streams.processor import PartitionProcessor
 from streams.reference import Rules, verdict
 from streams.settings import JoinSettings, KafkaSettings, ShapeSettings, StreamsSettings
 from streams.topics import DEAD_LETTERS, EXPOSURES, FEEDBACK, SAMPLES
@@ -132,6 +133,24 @@ async def until(holds: Callable[[], Awaitable[bool]]) -> None:
         await asyncio.sleep(0.1)
 
 
+async def run(
+    kafka: KafkaSettings,
+    join: JoinSettings,
+    streams: StreamsSettings,
+    folder: Path,
+    partition: int,
+) -> None:
+    """Own one partition, whatever a group may say, until cancelled."""
+    asyncio.get_running_loop().set_exception_handler(tell_once)
+    ticker = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=0)
+    try:
+        await begin(ticker.start())
+        shape = ShapeSettings()
+        await PartitionProcessor(partition, kafka, join, shape, streams, folder).run(ticker)
+    finally:
+        await leave_producer(ticker)
+
+
 @asynccontextmanager
 async def running(
     kafka: KafkaSettings,
@@ -141,8 +160,7 @@ async def running(
     streams: StreamsSettings = NO_TICKS,
 ) -> AsyncIterator[asyncio.Task[None]]:
     """A streams process for one partition, cancelled at the end; an error of its own is raised."""
-    work = run(kafka, join, ShapeSettings(), streams, folder, [partition])
-    task = asyncio.create_task(work)
+    task = asyncio.create_task(run(kafka, join, streams, folder, partition))
     try:
         yield task
     finally:

@@ -21,9 +21,8 @@ from streams.events import Exposure, History, Sample, encode
 from streams.intake import MAX_EVENT_BYTES, partition_of
 from streams.join import NEVER
 from streams.partition import OffsetNote
-from streams.processor import run
 from streams.readback import LogGapError, OwnershipLostError, Standing, StreamsError, standing
-from streams.settings import JoinSettings, KafkaSettings, ShapeSettings, StreamsSettings
+from streams.settings import JoinSettings, KafkaSettings, StreamsSettings
 from streams.state import CHANGELOGS, LogRecord, PartitionState
 from streams.topics import EXPOSURES, FEEDBACK, HISTORIES, STREAMS_GROUP
 from tests.streams.live import (
@@ -31,6 +30,7 @@ from tests.streams.live import (
     NO_TICKS,
     agree_with_reference,
     dead_letters,
+    run,
     running,
     sampled,
     samples,
@@ -272,9 +272,7 @@ async def test_a_second_process_takes_over_and_the_first_ends_with_a_plain_error
     arrivals = busy(6, users)
     half = len(arrivals) // 2
     async with writer(kafka) as producer:
-        first = asyncio.create_task(
-            run(kafka, LONG, ShapeSettings(), NO_TICKS, tmp_path / "one", [partition])
-        )
+        first = asyncio.create_task(run(kafka, LONG, NO_TICKS, tmp_path / "one", partition))
         await write(producer, partition, arrivals[:half])
         await sampled(kafka, partition, 1)
         async with running(kafka, partition, tmp_path / "two"):
@@ -298,7 +296,7 @@ async def test_a_second_process_on_the_same_folder_is_refused(
         await write(producer, partition, [exposure("a", T0, user=users[0]), FAR])
         await sampled(kafka, partition, 1)
         with pytest.raises(StoreError, match="another process"):
-            await run(kafka, LONG, ShapeSettings(), NO_TICKS, tmp_path, [partition])
+            await run(kafka, LONG, NO_TICKS, tmp_path, partition)
         assert not task.done()
 
 
@@ -315,7 +313,7 @@ async def test_records_deleted_before_they_were_joined_are_an_error(
             await sampled(kafka, partition, 1)
         await write(producer, partition, [exposure("unread", T0 + 3000, 1, user=users[0])])
     await asyncio.to_thread(delete_before, kafka, TopicPartition(EXPOSURES, partition), kept)
-    work = run(kafka, LONG, ShapeSettings(), NO_TICKS, tmp_path, [partition])
+    work = run(kafka, LONG, NO_TICKS, tmp_path, partition)
     with pytest.raises(
         LogGapError, match=rf"exposures partition {partition}: offset .* begins at {kept}"
     ):
@@ -391,7 +389,7 @@ async def test_what_cannot_be_read_in_a_changelog_is_an_error_that_says_where(
     async with writer(kafka) as producer:
         newer = History(v="2.0", user="u", behaviours=[], shown=[])
         await producer.send_and_wait(HISTORIES, encode(newer), b"u", partition=partition)
-    work = run(kafka, LONG, ShapeSettings(), NO_TICKS, tmp_path, [partition])
+    work = run(kafka, LONG, NO_TICKS, tmp_path, partition)
     with pytest.raises(StreamsError, match=f"histories partition {partition}: unknown_major"):
         await asyncio.wait_for(work, 30)
 

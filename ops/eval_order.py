@@ -1,0 +1,118 @@
+"""`dwell eval order`: does the order of arrival decide what a sample says? On a real log and a real broker.
+
+The log's events are written twice, each time to an empty cluster where one streams worker joins and shapes them: once
+in the order of their times; once shuffled within the allowed lateness, and every event doubled. The digest covers all
+of a sample but what tells where and when it was made: offsets, watermark, closing time.
+"""
+
+import time
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import numpy as np
+from rich.console import Console
+
+from actor.settings import ActorSettings
+from actor.users import Users
+from ops.config import Config
+from ops.errors import UserError
+from ops.feedlog import EXPOSED, classify, open_log
+from ops.log_requests import Requests
+from ops.results import Check, exit_status, print_results, write_results
+from ops.shaping_fold import videos_of
+from ops.streams_worker import Worker, Writer, all_read, empty_cluster
+from streams.clients import records
+from streams.events import Exposure, Feedback, decode, encode, sample_decoder
+from streams.settings import KafkaSettings
+from streams.topics import SAMPLES
+
+ORDERS: Final[tuple[Literal["exposure", "closing"], ...]] = ("exposure", "closing")
+PATIENCE_S: Final = 900.0
+
+
+def shuffled(
+    events: list[Exposure | Feedback], within_ms: float, seed: int
+) -> list[Exposure | Feedback]:
+    """Each event twice, each copy less than `within_ms` after its time."""
+    rng = np.random.default_rng(seed)
+    times = np.array([event.time_ms for event in events], np.float64)
+    arrivals = np.concatenate([times + rng.uniform(0, within_ms, len(events)) for _ in range(2)])
+    return [events[at % len(events)] for at in np.argsort(arrivals, kind="stable").tolist()]
+
+
+def digest(kafka: KafkaSettings) -> tuple[str, int]:
+    """Of all samples in their order, partition by partition; and how many they are."""
+    hashed, count = blake2b(digest_size=16), 0
+    for partition in range(kafka.partitions):
+        for record in records(kafka.bootstrap, SAMPLES, partition):
+            sample = decode(sample_decoder, record.value)
+            label = msgspec.structs.replace(
+                sample, watermark_ms=0, closable_ms=0, exposure_offset=0, feedback_upto=0
+            )
+            hashed.update(encode(label))
+            count += 1
+    return hashed.hexdigest(), count
+
+
+def joined(config: Config, folder: Path, events: list[Exposure | Feedback]) -> tuple[str, int]:
+    """The digest of what a worker makes of the events; ticks pass the last deadline."""
+    with empty_cluster(config, folder, config.join, tick=False) as (config, folder):
+        writer = Writer(config.kafka)
+        for event in events:
+            writer.event(event)
+        last_ms = max(event.time_ms for event in events)
+        end_ms = last_ms + round(1000 * (config.join.cap_s + config.join.lateness_s)) + 1
+        writer.tick(end_ms)
+        writer.tick(end_ms + 1)
+        writer.close()
+        worker = Worker(config, "order", folder)
+        try:
+            give_up = time.monotonic() + PATIENCE_S
+            while not all_read(config.kafka):
+                worker.check()
+                if time.monotonic() > give_up:
+                    raise UserError(f"not done within {PATIENCE_S:.0f} s; see {worker.log}.")
+                time.sleep(1.0)
+        finally:
+            worker.end()
+        return digest(config.kafka)
+
+
+def run(
+    config: Config, directory: Path, limit: int | None, seed: int, json_path: Path | None
+) -> int:
+    """Evaluate, print, and return the exit status."""
+    console = Console()
+    feed = open_log(directory)
+    log = feed.read_log()
+    chosen = np.flatnonzero(classify(log.rows) == EXPOSED)[:limit]
+    if not len(chosen):
+        raise UserError(f"{feed.directory} holds no exposure with a duration: nothing to join.")
+    requests = Requests(
+        log.rows, chosen, Users(ActorSettings()), videos_of(log.rows, chosen), context=1
+    )
+    events = requests.take(len(chosen) + 1, policy_version=0).events
+    within_ms = 999 * config.join.lateness_s
+    mixed = shuffled(events, within_ms, seed)
+    results: dict[str, Any] = {"requests": len(chosen), "events": len(events), "twice": len(mixed)}
+    checks = []
+    for order in ORDERS:
+        ordered = replace(config, join=replace(config.join, order=order))
+        folder = Path(config.storage.data_dir) / "eval-order"
+        found = {}
+        for name, said in (("straight", events), ("shuffled", mixed)):
+            with console.status(f"order {order}, {name}"):
+                found[name], samples = joined(ordered, folder / f"{order}-{name}", said)
+            checks.append(
+                Check(f"{order}.{name}.samples", samples, str(len(chosen)), samples == len(chosen))
+            )
+        results[order] = found
+        same = found["straight"] == found["shuffled"]
+        checks.append(Check(f"{order}.same", same, "yes", same))
+    print_results(results, checks, console)
+    if json_path is not None:
+        write_results(json_path, "dwell eval order", config, [seed], results, checks)
+    return exit_status(checks)
