@@ -5,8 +5,9 @@ Notable choices
   decide what is right; an existing cluster with the one that is given.
 - The journals of the published versions must name every sample offset exactly once: a sample learned twice is as
   wrong as one made twice.
-- By time range: exposures written within it are judged; their feedback is read from one cap before. The shaping
-  fold is replayed only where the partition's samples and the state they began with are still in the log.
+- By time range: exposures written within it are judged; all is read from one `dedupe_horizon` before, for that is how
+  far back a repeat or early feedback may reach. The shaping fold is replayed only over a partition's whole log, where
+  the state that it began with is still there.
 """
 
 from collections import Counter
@@ -85,7 +86,6 @@ def _logs(
     """One partition's topics, or the range of them that was asked for."""
     intake = Intake(number, config.kafka.partitions, round(config.join.max_skew_s * 1000))
     since_ms, until_ms = (None if at is None else int(at.timestamp() * 1000) for at in span)
-    cap_ms = round(config.join.cap_s * 1000)
 
     def entries(
         topic: str, reader: Callable[[bytes | None, int], Exposure | Feedback | Tick], first: int
@@ -98,23 +98,24 @@ def _logs(
             else:
                 yield Entry(record.offset, record.timestamp, event)
 
+    before_ms = round(config.join.dedupe_horizon_s * 1000)
     first = {
         topic: _first_at(client, TopicPartition(topic, number), since_ms, before_ms)
-        for topic, before_ms in ((EXPOSURES, 0), (FEEDBACK, cap_ms), (SAMPLES, 0))
+        for topic in (EXPOSURES, FEEDBACK, SAMPLES)
     }
-    exposures = [
-        entry
-        for entry in entries(EXPOSURES, intake.exposure, first[EXPOSURES])
-        if until_ms is None or entry.written_ms <= until_ms
+    exposures = list(entries(EXPOSURES, intake.exposure, first[EXPOSURES]))
+    asked = [
+        entry.offset
+        for entry in exposures
+        if (since_ms is None or entry.written_ms >= since_ms)
+        and (until_ms is None or entry.written_ms <= until_ms)
     ]
+    judged = range(asked[0], asked[-1] + 1) if asked else range(0)
     samples: list[tuple[int, Sample]] = []
     began_ms = None
-    asked = {entry.offset for entry in exposures}
     for record in read(client, SAMPLES, number, first[SAMPLES]):
         began_ms = record.timestamp if began_ms is None else began_ms
-        sample = decode(sample_decoder, record.value)
-        if span == (None, None) or sample.exposure_offset in asked:
-            samples.append((record.offset, sample))
+        samples.append((record.offset, decode(sample_decoder, record.value)))
     return PartitionLogs(
         exposures=exposures,
         feedback=list(entries(FEEDBACK, intake.feedback, first[FEEDBACK])),
@@ -123,6 +124,7 @@ def _logs(
         exposures_upto=standing.exposures,
         feedback_upto=standing.feedback,
         watermark_ms=standing.watermark_ms,
+        judged=None if span == (None, None) else judged,
         seeds=None if span != (None, None) else seeds_of(config.kafka, number, began_ms),
     )
 

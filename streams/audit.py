@@ -47,6 +47,8 @@ class PartitionLogs:
     exposures_upto: int
     feedback_upto: int
     watermark_ms: int
+    judged: range | None
+    """Offsets of the exposures to judge; None for all. What stands before is known, so that repeats are."""
     seeds: list[Shaping] | None
     """What `shaping` began with; None if its beginning, or the samples', is no longer in the log."""
 
@@ -89,11 +91,14 @@ def audit(logs: PartitionLogs, join: JoinSettings, shape: ShapeSettings) -> Find
     times = JoinTimes.of(join)
     _account(found, logs)
     exposures = _first_exposures(logs)
-    found.exposures = len(exposures)
+    judged = {
+        request: entry
+        for request, entry in exposures.items()
+        if logs.judged is None or entry.offset in logs.judged
+    }
+    found.exposures = len(judged)
     found.late_exposures = sum(
-        sample.start_ms > sample.time_ms
-        for _, sample in logs.samples
-        if sample.request in exposures
+        sample.start_ms > sample.time_ms for _, sample in logs.samples if sample.request in judged
     )
     heard: dict[str, list[tuple[int, Feedback]]] = {}
     for entry in logs.feedback:
@@ -106,12 +111,14 @@ def audit(logs: PartitionLogs, join: JoinSettings, shape: ShapeSettings) -> Find
     passed = Passed(logs)
     seen: set[str] = set()
     for offset, sample in logs.samples:
+        if logs.judged is not None and sample.request not in judged:
+            continue
         if sample.request in seen:
             found.duplicated += 1
             found.wrong(f"request {sample.request}: a second sample at offset {offset}")
             continue
         seen.add(sample.request)
-        shown = exposures.get(sample.request)
+        shown = judged.get(sample.request)
         events = heard.get(sample.request, [])
         found.late += sum(at >= sample.feedback_upto for at, _ in events)
         reason, fold = _judge(sample, shown, events, times, passed, fold)
@@ -120,7 +127,7 @@ def audit(logs: PartitionLogs, join: JoinSettings, shape: ShapeSettings) -> Find
             found.wrong_label += 1
             found.wrong(f"request {sample.request}, sample at offset {offset}: {reason}")
     found.samples = len(seen)
-    for request, entry in exposures.items():
+    for request, entry in judged.items():
         if request in seen:
             continue
         known = [event for at, event in heard.get(request, []) if at < logs.feedback_upto]

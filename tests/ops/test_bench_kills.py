@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ops.bench_kills import KINDS, checks_of, kinds_of
+from ops.bench_kills import KINDS, RATE, checks_of, kinds_of
 from ops.kills_parts import TAKEN, taken
 from ops.kills_plan import LONGEST_MS, Plan
 from streams.events import Exposure
@@ -104,7 +104,9 @@ def test_a_few_kills_lose_double_and_mislabel_nothing(tmp_path: Path) -> None:
     assert {name: results[name] for name in whole if name != "journal"} == {
         name: value for name, value in whole.items() if name != "journal"
     }
-    half = datetime.now() - timedelta(seconds=25)
+    written = (tmp_path / "data" / "bench-kills" / "requests").stat().st_mtime
+    last = datetime.fromtimestamp(written - LONGEST_MS / 1000)
+    half = last - timedelta(seconds=results["requests"] / RATE / 2)
     later = audited(tmp_path, "--since", half.isoformat("T", "seconds"))
     assert 0 < later["exposures"] < whole["exposures"]
     assert later["samples"] == later["exposures"]

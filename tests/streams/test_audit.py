@@ -57,6 +57,7 @@ def joined(seed: int, upto: int | None = None) -> PartitionLogs:
         exposures_upto=len(inputs[EXPOSURES]),
         feedback_upto=len(inputs[FEEDBACK]),
         watermark_ms=shell.partition.join.watermark_ms,
+        judged=None,
         seeds=[],
     )
 
@@ -198,6 +199,23 @@ def test_without_its_beginning_the_fold_is_not_replayed() -> None:
     item_changed(percentile=0.123)(logs)
     got = found(logs)
     assert (got.wrong_label, got.shaping_checked) == (0, 0)
+
+
+def test_of_a_range_only_its_own_exposures_are_judged_and_repeats_belong_to_the_first() -> None:
+    logs = joined(3)
+    logs.seeds = None  # a part of the fold cannot be followed
+    whole = found(logs)
+    offsets = sorted(sample.exposure_offset for _, sample in logs.samples)
+    half = offsets[len(offsets) // 2]
+    parts = []
+    for part in (range(half), range(half, 9999)):
+        logs.judged = part
+        parts.append(found(logs))
+        assert faults(logs) == {}
+    assert sum(part.exposures for part in parts) == whole.exposures
+    assert sum(part.samples for part in parts) == whole.samples
+    del logs.samples[-1]
+    assert faults(logs) == {"lost": 1}
 
 
 def test_a_sample_forced_out_by_memory_is_not_held_against_the_clock() -> None:
