@@ -12,6 +12,7 @@ Notable choices
   `missing` are requests that the producer had acknowledged and the log does not hold.
 """
 
+import os
 import random
 import signal
 import subprocess
@@ -36,7 +37,7 @@ from ops.errors import UserError
 from ops.kills_parts import taken
 from ops.kills_plan import JOIN
 from ops.results import Check, exit_status, print_results, write_results
-from ops.roles import write_config
+from ops.roles import WITH_PARENT, write_config
 from streams.audit import Findings
 from streams.clients import consumer
 from streams.settings import KafkaSettings
@@ -62,7 +63,13 @@ class Part:
 
     def _started(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
-            return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            return subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,  # its end tells the part that we are gone
+                stdout=log,
+                stderr=log,
+                env={**os.environ, WITH_PARENT: "1"},
+            )
 
     def check(self) -> None:
         """Raises `UserError` if it ended by itself."""
@@ -134,11 +141,9 @@ class Bench:
         config = self.cluster.config
         bootstrap = config.kafka.bootstrap
         self.rng = random.Random(self.seed)
-        path = str(write_config(config, self.folder / "run"))
+        self._config_file = str(write_config(config, self.folder / "run"))
         for name in WORKERS:
-            command = [sys.executable, "-m", "ops.cli", "streams", "--config", path]
-            more = ["--member", name, "--data-dir", str(self.folder / "workers")]
-            self.workers[name] = Part(name, [*command, *more], self.folder)
+            self.workers[name] = self._worker_named(name)
         part = [sys.executable, "-m", "ops.kills_parts"]
         plan = [str(self.seed), str(int(time.time() * 1000)), str(RATE)]
         folder = str(self.folder)
@@ -160,6 +165,11 @@ class Bench:
         began = time.monotonic()
         getattr(self, f"_{kind}")()
         self.resume_s.setdefault(kind, []).append(self._resumed(began))
+
+    def _worker_named(self, name: str) -> Part:
+        command = [sys.executable, "-m", "ops.cli", "streams", "--config", self._config_file]
+        more = ["--member", name, "--data-dir", str(self.folder / "workers")]
+        return Part(name, [*command, *more], self.folder)
 
     def _worker(self) -> None:
         part = self.rng.choice(list(self.workers.values()))
@@ -188,12 +198,12 @@ class Bench:
         part.process.send_signal(signal.SIGCONT)
 
     def _rebalance(self) -> None:
-        """A worker leaves in order and comes back under another name: partitions change hands twice."""
-        name = self.rng.choice(list(self.workers))
-        part = self.workers[name]
-        part.end(signal.SIGTERM)
-        part.again()
-        time.sleep(self.rng.uniform(0, SESSION_S))
+        """A third worker joins, takes partitions over and dies: they change hands twice."""
+        third = self._worker_named("three")
+        self.workers["three"] = third
+        time.sleep(self.rng.uniform(2, 2 + SESSION_S))
+        third.end(signal.SIGKILL)
+        del self.workers["three"]
 
     def _resumed(self, since: float) -> float:
         give_up = time.monotonic() + FLOW_S

@@ -1,5 +1,6 @@
 """The commands that come in groups: `dwell audit`, `dwell bench`, `dwell eval` and `dwell dead-letters`."""
 
+import signal
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ def kills(
     require_writable(json)
     from ops.bench_kills import run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise typer.Exit(run(config, kills, seed, json))
 
 
@@ -73,6 +75,7 @@ def join(
     require_writable(json)
     from ops.bench_join import run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise typer.Exit(run(config, requests, waiting, json))
 
 
@@ -108,6 +111,7 @@ def order(
     require_writable(json)
     from ops.eval_order import run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise typer.Exit(run(config, directory, limit, seed, json))
 
 

@@ -17,6 +17,7 @@ import msgspec
 from kafka import TopicPartition
 
 from ops.kills_plan import LONGEST_MS, Plan
+from ops.roles import end_with_parent
 from streams.clients import consumer, producer
 from streams.events import Sample, decode, encode, sample_decoder
 from streams.topics import SAMPLES
@@ -114,6 +115,7 @@ def read(bootstrap: str, folder: Path, partitions: int) -> None:
 
 def main() -> None:
     """`python -m ops.kills_parts write|read BOOTSTRAP FOLDER ...`."""
+    end_with_parent()
     what, bootstrap, folder, *rest = sys.argv[1:]
     if what == "write":
         seed, t0_ms, rate = rest

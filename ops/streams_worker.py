@@ -15,7 +15,7 @@ from ops.account import committed
 from ops.cluster import open_cluster
 from ops.config import Config
 from ops.errors import UserError
-from ops.roles import write_config
+from ops.roles import WITH_PARENT, write_config
 from streams.clients import consumer, producer
 from streams.events import Exposure, Feedback, Tick, encode
 from streams.intake import partition_of
@@ -80,7 +80,11 @@ class Worker:
         self.log = folder / f"{name}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*command, *more], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*command, *more],
+                stdin=subprocess.PIPE,  # its end tells the worker that we are gone
+                stdout=log,
+                stderr=log,
+                env={**os.environ, WITH_PARENT: "1"},
             )
 
     def open_requests(self) -> int | None:
