@@ -91,7 +91,6 @@ def bench(folder: Path, kills: int, seed: int) -> dict[str, Any]:
 def holds(results: dict[str, Any], kills: int) -> None:
     assert sum(results["disturbances"].values()) == kills
     assert results["samples"] == results["exposures"] == results["requests"] > 40 * kills
-    assert results["shaping_checked"] > 0.5 * results["samples"]
     assert results["late_exposures"] > 0
 
 
@@ -100,6 +99,7 @@ def test_a_few_kills_lose_double_and_mislabel_nothing(tmp_path: Path) -> None:
     """Nor does the audit of the run that is past, as a whole or by time."""
     results = bench(tmp_path, 5, seed=3)
     holds(results, 5)
+    assert results["shaping_checked"] > 0.5 * results["samples"]
     whole = audited(tmp_path)
     assert {name: results[name] for name in whole if name != "journal"} == {
         name: value for name, value in whole.items() if name != "journal"
@@ -125,7 +125,7 @@ def audited(folder: Path, *more: str) -> dict[str, Any]:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_hundred_and_forty_kills_lose_double_and_mislabel_nothing(tmp_path: Path) -> None:
-    results = bench(tmp_path, 140, seed=4)
+    results = bench(tmp_path, 140, seed=4)  # compaction ends what can be said of the shaping
     holds(results, 140)
     assert min(results["disturbances"].values()) >= 20
 
