@@ -103,7 +103,7 @@ def _settle(
     without: dict[str, tuple[Exposure, int, int]] = {}
     known: set[str] = set()
     for record in read(client, EXPOSURES, partition):
-        exposure = _read(intake.exposure, record)
+        exposure = event_of(intake.exposure, record)
         if (partition, record.offset) in refused:
             continue
         if not isinstance(exposure, Exposure) or exposure.request in known:
@@ -121,7 +121,7 @@ def _settle(
         return
     heard: dict[str, dict[str, Feedback]] = {request: {} for request in without}
     for record in read(client, FEEDBACK, partition, last=standing.feedback):
-        event = _read(intake.feedback, record)
+        event = event_of(intake.feedback, record)
         if isinstance(event, Feedback) and event.request in heard:
             heard[event.request].setdefault(event.event, event)
     times = JoinTimes.of(join)
@@ -134,8 +134,8 @@ def _settle(
             found.open += 1
 
 
-def _read(reader: Any, record: Any) -> Exposure | Feedback | Tick | None:
-    """The event, or None where it is a dead letter."""
+def event_of(reader: Any, record: Any) -> Exposure | Feedback | Tick | None:
+    """What one of intake's readers makes of a record, or None where it is a dead letter."""
     try:
         event: Exposure | Feedback | Tick = reader(record.value, record.timestamp)
     except UnreadableError:

@@ -11,7 +11,7 @@ Notable choices
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 from rich.console import Console
 
-from ops.account import Standing, committed
+from ops.account import Standing, committed, event_of
 from ops.cluster import visited
 from ops.config import Config
 from ops.results import Check, exit_status, print_results, write_results
@@ -28,13 +28,9 @@ from streams.audit import Entry, Findings, PartitionLogs, audit
 from streams.clients import consumer, read, records
 from streams.events import (
     BucketShaping,
-    Exposure,
-    Feedback,
     QuantileShaping,
     Sample,
     Shaping,
-    Tick,
-    UnreadableError,
     dead_letter_decoder,
     decode,
     sample_decoder,
@@ -87,23 +83,18 @@ def _logs(
     intake = Intake(number, config.kafka.partitions, round(config.join.max_skew_s * 1000))
     since_ms, until_ms = (None if at is None else int(at.timestamp() * 1000) for at in span)
 
-    def entries(
-        topic: str, reader: Callable[[bytes | None, int], Exposure | Feedback | Tick], first: int
-    ) -> Iterator[Entry]:
-        for record in read(client, topic, number, first):
-            try:
-                event = reader(record.value, record.timestamp)
-            except UnreadableError:
-                yield Entry(record.offset, record.timestamp, None)
-            else:
-                yield Entry(record.offset, record.timestamp, event)
+    def entries(topic: str, reader: Callable[[bytes | None, int], object]) -> list[Entry]:
+        return [
+            Entry(record.offset, record.timestamp, event_of(reader, record))
+            for record in read(client, topic, number, first[topic])
+        ]
 
     before_ms = round(config.join.dedupe_horizon_s * 1000)
     first = {
         topic: _first_at(client, TopicPartition(topic, number), since_ms, before_ms)
         for topic in (EXPOSURES, FEEDBACK, SAMPLES)
     }
-    exposures = list(entries(EXPOSURES, intake.exposure, first[EXPOSURES]))
+    exposures = entries(EXPOSURES, intake.exposure)
     asked = [
         entry.offset
         for entry in exposures
@@ -118,7 +109,7 @@ def _logs(
         samples.append((record.offset, decode(sample_decoder, record.value)))
     return PartitionLogs(
         exposures=exposures,
-        feedback=list(entries(FEEDBACK, intake.feedback, first[FEEDBACK])),
+        feedback=entries(FEEDBACK, intake.feedback),
         samples=samples,
         letters=letters,
         exposures_upto=standing.exposures,

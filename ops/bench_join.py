@@ -28,7 +28,7 @@ from rich.console import Console
 from ops.config import Config
 from ops.errors import UserError
 from ops.results import Check, exit_status, print_results, write_results
-from ops.streams_worker import Worker, Writer, all_read, empty_cluster
+from ops.streams_worker import Worker, Writer, all_read, empty_cluster, until
 from streams.clients import consumer, records
 from streams.events import (
     Exposure,
@@ -151,7 +151,7 @@ class Bench:
         with self.cluster("idle", FAST, tick=False) as (config, folder):
             worker = Worker(config, "w0", folder)
             try:
-                self._until(lambda: worker.open_requests() == 0, [worker])
+                until(lambda: worker.open_requests() == 0, [worker], PATIENCE_S)
                 self._idle_cpu_s, self._idle_bytes = worker.cpu_s(), worker.resident()
             finally:
                 worker.end()
@@ -186,12 +186,12 @@ class Bench:
             writer.close()
             worker = Worker(config, "w0", folder)
             try:
-                self._until(lambda: all_read(config.kafka), [worker])
+                until(lambda: all_read(config.kafka), [worker], PATIENCE_S)
                 resident = worker.resident() - self._idle_bytes
                 worker.end(signal.SIGKILL)
                 began = time.monotonic()
                 worker = Worker(config, "w0", folder)
-                self._until(lambda: worker.open_requests() == requests, [worker])
+                until(lambda: worker.open_requests() == requests, [worker], PATIENCE_S)
                 recovery_s = time.monotonic() - began
             finally:
                 worker.end()
@@ -212,7 +212,7 @@ class Bench:
             stopped = threading.Event()
             reader = threading.Thread(target=_read_waits, args=(config.kafka, waits, stopped))
             try:
-                self._until(lambda: worker.open_requests() == 0, [worker])
+                until(lambda: worker.open_requests() == 0, [worker], PATIENCE_S)
                 reader.start()
                 writer = Writer(config.kafka)
                 count = int(events_per_second / EVENTS * seconds)
@@ -226,7 +226,7 @@ class Bench:
                         writer.event(event)
                 writer.flush()
                 writer.close()
-                self._until(lambda: len(waits) >= count, [worker])
+                until(lambda: len(waits) >= count, [worker], PATIENCE_S)
             finally:
                 stopped.set()
                 worker.end()
@@ -250,21 +250,8 @@ class Bench:
             ]
             return len(found) >= count
 
-        self._until(enough, workers, pause_s=2.0)
+        until(enough, workers, PATIENCE_S, pause_s=2.0)
         return np.sort(np.array(found))
-
-    def _until(
-        self, holds: Callable[[], bool], workers: list[Worker], pause_s: float = 0.2
-    ) -> None:
-        give_up = time.monotonic() + PATIENCE_S
-        while not holds():
-            for worker in workers:
-                worker.check()
-            if time.monotonic() > give_up:
-                raise UserError(
-                    f"not done within {PATIENCE_S:.0f} s; the logs are in {self.folder}."
-                )
-            time.sleep(pause_s)
 
 
 def _read_waits(kafka: KafkaSettings, waits: list[float], stopped: threading.Event) -> None:

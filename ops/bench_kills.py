@@ -12,7 +12,6 @@ Notable choices
   `missing` are requests that the producer had acknowledged and the log does not hold.
 """
 
-import os
 import random
 import signal
 import subprocess
@@ -37,7 +36,7 @@ from ops.errors import UserError
 from ops.kills_parts import taken
 from ops.kills_plan import JOIN
 from ops.results import Check, exit_status, print_results, write_results
-from ops.roles import WITH_PARENT, write_config
+from ops.roles import child_environment, write_config
 from streams.audit import Findings
 from streams.clients import consumer
 from streams.settings import KafkaSettings
@@ -68,7 +67,7 @@ class Part:
                 stdin=subprocess.PIPE,  # its end tells the part that we are gone
                 stdout=log,
                 stderr=log,
-                env={**os.environ, WITH_PARENT: "1"},
+                env=child_environment(),
             )
 
     def check(self) -> None:

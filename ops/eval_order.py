@@ -5,7 +5,6 @@ in the order of their times; once shuffled within the allowed lateness, and ever
 of a sample but what tells where and when it was made: offsets, watermark, closing time.
 """
 
-import time
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +22,7 @@ from ops.feedlog import EXPOSED, classify, open_log
 from ops.log_requests import Requests
 from ops.results import Check, exit_status, print_results, write_results
 from ops.shaping_fold import videos_of
-from ops.streams_worker import Worker, Writer, all_read, empty_cluster
+from ops.streams_worker import Worker, Writer, all_read, empty_cluster, until
 from streams.clients import records
 from streams.events import Exposure, Feedback, decode, encode, sample_decoder
 from streams.settings import KafkaSettings
@@ -70,12 +69,7 @@ def joined(config: Config, folder: Path, events: list[Exposure | Feedback]) -> t
         writer.close()
         worker = Worker(config, "order", folder)
         try:
-            give_up = time.monotonic() + PATIENCE_S
-            while not all_read(config.kafka):
-                worker.check()
-                if time.monotonic() > give_up:
-                    raise UserError(f"not done within {PATIENCE_S:.0f} s; see {worker.log}.")
-                time.sleep(1.0)
+            until(lambda: all_read(config.kafka), [worker], PATIENCE_S, pause_s=1.0)
         finally:
             worker.end()
         return digest(config.kafka)

@@ -28,8 +28,6 @@ class Role:
     def __init__(self, name: str, arguments: list[str], folder: Path) -> None:
         self.name = name
         self.log_file = folder / f"{name}.log"
-        environment = {key: value for key, value in os.environ.items() if not _is_ours(key)}
-        environment[WITH_PARENT] = "1"
         self.cpu_seconds = 0.0
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
@@ -37,7 +35,7 @@ class Role:
                 stdin=subprocess.PIPE,  # its end tells the role that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=child_environment(),
                 start_new_session=True,  # Ctrl-C reaches us alone: we stop the roles in order
             )
 
@@ -72,6 +70,12 @@ class Role:
         if self._process.stdin is not None:
             self._process.stdin.close()
         self.cpu_seconds += children_cpu_s() - before
+
+
+def child_environment() -> dict[str, str]:
+    """Of a process that reads a resolved configuration and ends with us."""
+    ours = {key: value for key, value in os.environ.items() if not _is_ours(key)}
+    return {**ours, WITH_PARENT: "1"}
 
 
 def end_with_parent() -> None:

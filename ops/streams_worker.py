@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ops.account import committed
 from ops.cluster import open_cluster
 from ops.config import Config
 from ops.errors import UserError
-from ops.roles import WITH_PARENT, write_config
+from ops.roles import child_environment, write_config
 from streams.clients import consumer, producer
 from streams.events import Exposure, Feedback, Tick, encode
 from streams.intake import partition_of
@@ -74,6 +75,7 @@ class Worker:
     """`dwell streams` as a process."""
 
     def __init__(self, config: Config, name: str, folder: Path) -> None:
+        self._partitions = config.kafka.partitions
         path = str(write_config(config, folder / "run"))
         command = [sys.executable, "-m", "ops.cli", "streams", "--config", path]
         more = ["--member", name, "--data-dir", str(folder)]
@@ -84,13 +86,15 @@ class Worker:
                 stdin=subprocess.PIPE,  # its end tells the worker that we are gone
                 stdout=log,
                 stderr=log,
-                env={**os.environ, WITH_PARENT: "1"},
+                env=child_environment(),
             )
 
     def open_requests(self) -> int | None:
         """What it said it took up, over all partitions; None while it has not said so of each."""
         lines = [line for line in self.log.read_text().splitlines() if "open requests" in line]
-        return sum(int(line.split()[-3]) for line in lines) if len(lines) >= 4 else None
+        return (
+            sum(int(line.split()[-3]) for line in lines) if len(lines) >= self._partitions else None
+        )
 
     def cpu_s(self) -> float:
         """CPU seconds so far."""
@@ -111,6 +115,19 @@ class Worker:
         """Raises `UserError` if it ended by itself."""
         if self._process.poll() is not None:
             raise UserError(f"a worker ended by itself; see {self.log}.")
+
+
+def until(
+    holds: Callable[[], bool], workers: Sequence[Worker], patience_s: float, pause_s: float = 0.2
+) -> None:
+    """Wait for it; raises `UserError` when a worker ended meanwhile, or it takes too long."""
+    give_up = time.monotonic() + patience_s
+    while not holds():
+        for worker in workers:
+            worker.check()
+        if time.monotonic() > give_up:
+            raise UserError(f"not done within {patience_s:.0f} s; see {workers[0].log}.")
+        time.sleep(pause_s)
 
 
 def all_read(kafka: KafkaSettings) -> bool:
