@@ -15,8 +15,9 @@ import msgspec
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import RetriableError
 
-from streams.audit import Entry, overdue
+from streams.audit import overdue
 from streams.clients import consumer, read
+from streams.decision import NEVER, JoinTimes
 from streams.events import (
     Exposure,
     Feedback,
@@ -27,7 +28,6 @@ from streams.events import (
     sample_decoder,
 )
 from streams.intake import Intake
-from streams.join import JoinTimes
 from streams.partition import OffsetNote
 from streams.settings import JoinSettings, KafkaSettings
 from streams.topics import DEAD_LETTERS, EXPOSURES, FEEDBACK, SAMPLES, STREAMS_GROUP
@@ -100,12 +100,14 @@ def _settle(
             found.unreadable += 1
     found.samples += len(sampled)
     found.duplicated += sum(sampled.values()) - len(sampled)
-    without: dict[str, tuple[Exposure, int, int]] = {}
+    without: dict[str, tuple[Exposure, int]] = {}
     known: set[str] = set()
+    ahead_ms = NEVER
     for record in read(client, EXPOSURES, partition):
         exposure = event_of(intake.exposure, record)
-        if (partition, record.offset) in refused:
+        if exposure is None or (partition, record.offset) in refused:
             continue
+        before_ms, ahead_ms = ahead_ms, max(ahead_ms, exposure.time_ms)
         if not isinstance(exposure, Exposure) or exposure.request in known:
             continue
         known.add(exposure.request)
@@ -114,7 +116,7 @@ def _settle(
         if exposure.request in sampled:
             continue
         if record.offset < standing.exposures:
-            without[exposure.request] = (exposure, record.offset, record.timestamp)
+            without[exposure.request] = (exposure, before_ms)
         else:
             found.open += 1
     if not without:
@@ -125,9 +127,9 @@ def _settle(
         if isinstance(event, Feedback) and event.request in heard:
             heard[event.request].setdefault(event.event, event)
     times = JoinTimes.of(join)
-    for request, (exposure, offset, written_ms) in without.items():
-        entry = Entry(offset, written_ms, exposure)
-        if overdue(entry, heard[request].values(), times, standing.watermark_ms):
+    for request, (exposure, before_ms) in without.items():
+        events = heard[request].values()
+        if overdue(exposure, before_ms, events, times, standing.watermark_ms):
             found.lost += 1
             found.lost_requests.append(request)
         else:

@@ -1,11 +1,13 @@
-"""`dwell bench kills`: the join under kill -9, freezes and rebalances, then the audit.
+"""`dwell bench kills`: join and insights under kill -9, freezes and rebalances, then the audit.
 
 Notable choices
-- Real parts: an embedded broker, two streams workers as processes, a producer of known truth and a consumer that
-  holds what it took together with its position, as a learner does. Any of them dies at any moment.
+- Real parts: an embedded broker, two streams workers as processes, a producer of known truth, a consumer that
+  holds what it took together with its position, as a learner does, and the insights' worker. Any of them dies at
+  any moment.
 - One disturbance at a time, in an order drawn from the seed; the next comes once samples flow again in every
   partition. Resuming = from the disturbance to the first sample after it in the slowest partition. The producer's
-  own pauses are part of it.
+  own pauses are part of it. Where the insights' worker was killed, it is the first insight sent after it.
+- The changelog of the shaping is kept whole (`keep_changelog`): the audit folds it anew from its beginning.
 - A worker that is killed comes back under its name after a pause: shorter than the session (a restart) or longer
   (its partitions are taken over, and given back). A freeze longer than the session makes a zombie.
 - Afterwards the producer writes what is left, the last deadlines pass, and everything is counted from the log:
@@ -14,9 +16,7 @@ Notable choices
 
 import random
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from kafka import TopicPartition
+from kafka import KafkaAdminClient
+from kafka.admin import ConfigResource, ConfigResourceType
 from rich.console import Console
 
 from ops.audit_samples import audit_samples, figures
@@ -33,94 +34,27 @@ from ops.broker import FOLDER
 from ops.cluster import Cluster, held, open_cluster
 from ops.config import Config
 from ops.errors import UserError
+from ops.kills_insights import caught_up
 from ops.kills_parts import taken
 from ops.kills_plan import JOIN
+from ops.kills_watch import Flow, Part
 from ops.results import Check, exit_status, print_results, write_results
-from ops.roles import child_environment, write_config
+from ops.roles import write_config
 from streams.audit import Findings
-from streams.clients import consumer
 from streams.settings import KafkaSettings
-from streams.topics import SAMPLES
+from streams.topics import INSIGHTS, SAMPLES, SHAPING
 
 RATE: Final = 40.0
 """Requests a second; about ten times as many events."""
 SESSION_S: Final = 4.0
 FLOW_S: Final = 90.0
-"""Samples that do not flow again within this are a failure of the bench itself."""
+"""Records that do not flow again within this are a failure of the bench itself."""
 WORKERS: Final = ("one", "two")
-KINDS: Final = ("worker", "worker", "consumer", "producer", "broker", "freeze", "rebalance")
-
-
-class Part:
-    """A process that is killed and started again; what it says goes into a file."""
-
-    def __init__(self, name: str, command: list[str], folder: Path) -> None:
-        self.name = name
-        self._command = command
-        self._log = folder / f"{name}.log"
-        self.process = self._started()
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        with self._log.open("ab") as log:
-            return subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,  # its end tells the part that we are gone
-                stdout=log,
-                stderr=log,
-                env=child_environment(),
-            )
-
-    def check(self) -> None:
-        """Raises `UserError` if it ended by itself."""
-        if self.process.poll() not in (None, -signal.SIGKILL, -signal.SIGTERM):
-            raise UserError(
-                f"{self.name} ended by itself with status {self.process.returncode}; see {self._log}."
-            )
-
-    def end(self, how: signal.Signals) -> None:
-        """Send a signal that ends it, and wait."""
-        self.process.send_signal(how)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def again(self) -> None:
-        """Start it once more."""
-        self.process = self._started()
-
-
-class Flow:
-    """When samples last arrived in each partition, watched from outside."""
-
-    def __init__(self, kafka: KafkaSettings) -> None:
-        self._kafka = kafka
-        self._last = dict.fromkeys(range(kafka.partitions), 0.0)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def since(self, moment: float) -> float | None:
-        """Seconds from `moment` until samples had come again everywhere; None while they have not."""
-        first = min(self._last.values())
-        return first - moment if first > moment else None
-
-    def stop(self) -> None:
-        """No more watching."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        client = consumer(self._kafka.bootstrap, reconnect_backoff_max_ms=500)
-        places = [TopicPartition(SAMPLES, number) for number in range(self._kafka.partitions)]
-        client.assign(places)
-        for place, end in client.end_offsets(places).items():
-            client.seek(place, end)
-        while not self._stopped.is_set():
-            for place in client.poll(timeout_ms=50):
-                self._last[place.partition] = time.monotonic()
-        client.close()
+KINDS: Final = (
+    *("worker", "insights", "consumer", "producer", "broker"),
+    *("worker", "freeze", "rebalance"),
+)
+"""Shares of the kinds; a short run has at least each death once."""
 
 
 @dataclass
@@ -136,13 +70,15 @@ class Bench:
     disturbances: Counter[str] = field(default_factory=Counter)
 
     def start(self) -> None:
-        """Everything runs, and samples flow."""
+        """Everything runs, samples flow, and what they add up to is published."""
         config = self.cluster.config
         bootstrap = config.kafka.bootstrap
         self.rng = random.Random(self.seed)
         self._config_file = str(write_config(config, self.folder / "run"))
         for name in WORKERS:
             self.workers[name] = self._worker_named(name)
+        command = [sys.executable, "-m", "ops.cli", "insights", "--config", self._config_file]
+        self.insights = Part("insights", command, self.folder)
         part = [sys.executable, "-m", "ops.kills_parts"]
         plan = [str(self.seed), str(int(time.time() * 1000)), str(RATE)]
         folder = str(self.folder)
@@ -150,12 +86,14 @@ class Bench:
         reads = [*part, "read", bootstrap, folder, str(config.kafka.partitions)]
         self.consumer = Part("consumer", reads, self.folder)
         self.flow = Flow(config.kafka)
-        self._resumed(time.monotonic())
+        began = time.monotonic()
+        for topic in (SAMPLES, INSIGHTS):
+            self._resumed(began, topic)
 
     @property
     def parts(self) -> list[Part]:
         """All processes but the broker."""
-        return [*self.workers.values(), self.producer, self.consumer]
+        return [*self.workers.values(), self.producer, self.consumer, self.insights]
 
     def disturb(self, kind: str) -> None:
         """One disturbance, and how long it took until all flowed again."""
@@ -163,7 +101,8 @@ class Bench:
         self.disturbances[kind] += 1
         began = time.monotonic()
         getattr(self, f"_{kind}")()
-        self.resume_s.setdefault(kind, []).append(self._resumed(began))
+        topic = INSIGHTS if kind == "insights" else SAMPLES
+        self.resume_s.setdefault(kind, []).append(self._resumed(began, topic))
 
     def _worker_named(self, name: str) -> Part:
         command = [sys.executable, "-m", "ops.cli", "streams", "--config", self._config_file]
@@ -185,6 +124,10 @@ class Bench:
         time.sleep(self.rng.uniform(0, 1))
         self.producer.again()
 
+    def _insights(self) -> None:
+        self.insights.end(signal.SIGKILL)
+        self.insights.again()
+
     def _broker(self) -> None:
         assert self.cluster.broker is not None
         self.cluster.broker.kill()
@@ -204,14 +147,14 @@ class Bench:
         third.end(signal.SIGKILL)
         del self.workers["three"]
 
-    def _resumed(self, since: float) -> float:
+    def _resumed(self, since: float, topic: str) -> float:
         give_up = time.monotonic() + FLOW_S
-        while (took := self.flow.since(since)) is None:
+        while (took := self.flow.since(since, topic)) is None:
             for part in self.parts:
                 part.check()
             if time.monotonic() > give_up:
                 raise UserError(
-                    f"samples did not flow again within {FLOW_S:.0f} s; the logs are in {self.folder}."
+                    f"{topic} did not flow again within {FLOW_S:.0f} s; the logs are in {self.folder}."
                 )
             time.sleep(0.05)
         return took
@@ -235,9 +178,21 @@ class Bench:
             self.flow.stop()
         for part in self.workers.values():
             part.end(signal.SIGTERM)
-        for name in ("consumer", "producer"):
+        for name in ("consumer", "producer", "insights"):
             if hasattr(self, name):
                 getattr(self, name).end(signal.SIGTERM)
+
+
+def keep_changelog(kafka: KafkaSettings) -> None:
+    """Keep every record of `shaping` as long as the samples it belongs to.
+
+    Its segments are closed after ten minutes, and what was overwritten in a closed one may be removed at any time.
+    """
+    lag = {"min.compaction.lag.ms": str(int(kafka.retention_s * 1000))}
+    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap, client_id="dwell-bench") as client:
+        done = client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, SHAPING, lag)])
+    if (answer := done["topic"][SHAPING]) != "OK":
+        raise UserError(f"the broker does not keep the topic {SHAPING} whole: {answer}.")
 
 
 def kinds_of(kills: int, seed: int) -> list[str]:
@@ -260,6 +215,7 @@ def run(config: Config, kills: int, seed: int, json: Path | None) -> int:
     with held(folder), open_cluster(config, console.print) as cluster, console.status("") as status:
         if cluster.broker is None:
             raise UserError("the broker must be its own to be killed: leave --bootstrap out.")
+        keep_changelog(cluster.config.kafka)
         bench = Bench(cluster, folder, seed, status.update)
         try:
             bench.start()
@@ -268,11 +224,12 @@ def run(config: Config, kills: int, seed: int, json: Path | None) -> int:
                 bench.disturb(kind)
             status.update("writing the rest")
             requests = bench.finish()
+            insights = caught_up(cluster.config.kafka, bench.insights.check)
         finally:
             bench.stop()
         status.update("auditing")
         found = audit_samples(cluster.config)
-    results = results_of(bench, found, requests)
+    results = {**results_of(bench, found, requests), "insights": insights}
     checks = checks_of(results)
     print_results(results, checks, console)
     if json is not None:
@@ -304,12 +261,13 @@ def results_of(bench: Bench, found: Findings, requests: int) -> dict[str, Any]:
 
 
 def checks_of(results: dict[str, Any]) -> list[Check]:
-    """Nothing lost, doubled or mislabelled, and back in time."""
+    """Nothing lost, doubled, mislabelled or stuck, and back in time."""
     learner = results["learner"]
     none = {
         name: results[name]
         for name in ("lost", "duplicated", "wrong_label", "unaccounted", "missing", "open")
     }
+    none["insights.stuck"] = results["insights"]["stuck"]
     none["learner.twice"] = learner["twice"]
     none["learner.missing"] = results["samples"] - learner["requests"]
     checks = [Check(name, value, "0", value == 0) for name, value in none.items()]

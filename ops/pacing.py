@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from streams.decision import JoinTimes, decide
 from streams.events import Exposure, Feedback
-from streams.join import JoinTimes, decide
 from streams.settings import JoinSettings
 
 SLICE_S: Final = 0.05

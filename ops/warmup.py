@@ -21,11 +21,13 @@ from ops.config import Config
 from ops.world import LogVisit, World, all_twins
 from storage.kv import MemoryKv
 from streams.control import CONTROL_ARM, DEFAULT_SHARES, LEARNING_ARM, arm_of
+from streams.decision import Decision
 from streams.events import (
     ACTION_BITS,
     Behaviour,
     Exposure,
     History,
+    PositionOutcome,
     Sample,
     Shaping,
     ShownItem,
@@ -33,7 +35,7 @@ from streams.events import (
     encode,
 )
 from streams.intake import partition_of
-from streams.join import Decision, Joined, PositionOutcome
+from streams.join import Joined
 from streams.partition import Partition
 from streams.state import PartitionState
 from streams.weights import digest_of

@@ -26,8 +26,8 @@ class Kv(Protocol):
     def write(self, batch: Mapping[bytes, bytes | None]) -> None:
         """Put all pairs, delete the keys whose value is None."""
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """All pairs whose key starts with `prefix`, in key order, as of the first one's reading."""
+    def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """All pairs whose key starts with `prefix`, from `first` on, in key order, as of the first one's reading."""
 
     def close(self) -> None:
         """Release the store."""
@@ -75,9 +75,9 @@ class RocksKv:
         except Exception as error:
             raise StoreError(f"the store {self._path} cannot be written: {error}") from None
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """All pairs whose key starts with `prefix`, in key order."""
-        for key, value in self._db.items(from_key=prefix):
+    def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """All pairs whose key starts with `prefix`, from `first` on, in key order."""
+        for key, value in self._db.items(from_key=max(prefix, first)):
             assert isinstance(key, bytes)  # raw mode
             if not key.startswith(prefix):
                 return
@@ -106,9 +106,11 @@ class MemoryKv:
             else:
                 self._pairs[key] = value
 
-    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """All pairs whose key starts with `prefix`, in key order."""
-        yield from sorted(pair for pair in self._pairs.items() if pair[0].startswith(prefix))
+    def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """All pairs whose key starts with `prefix`, from `first` on, in key order."""
+        yield from sorted(
+            pair for pair in self._pairs.items() if pair[0].startswith(prefix) and pair[0] >= first
+        )
 
     def close(self) -> None:
         """Nothing to release."""

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from streams.events import Exposure, Feedback, Sample, Shaping, Tick, UserShaping
-from streams.join import NEVER, Decision, Joined, JoinTimes, PositionOutcome
+from streams.decision import NEVER, Decision, JoinTimes
+from streams.events import Exposure, Feedback, PositionOutcome, Sample, Shaping, Tick, UserShaping
+from streams.join import Joined
 from streams.reference import Rules, Verdict, verdict
 from streams.settings import JoinSettings, ShapeSettings
 from streams.shape import Shape
@@ -131,7 +132,11 @@ def audit(logs: PartitionLogs, join: JoinSettings, shape: ShapeSettings) -> Find
         if request in seen:
             continue
         known = [event for at, event in heard.get(request, []) if at < logs.feedback_upto]
-        if entry.offset < logs.exposures_upto and overdue(entry, known, times, logs.watermark_ms):
+        ahead_ms = passed.exposures(entry.offset)
+        assert isinstance(entry.event, Exposure)
+        if entry.offset < logs.exposures_upto and overdue(
+            entry.event, ahead_ms, known, times, logs.watermark_ms
+        ):
             found.lost += 1
             found.wrong(f"request {request}, exposure at offset {entry.offset}: no sample")
         else:
@@ -139,17 +144,18 @@ def audit(logs: PartitionLogs, join: JoinSettings, shape: ShapeSettings) -> Find
     return found
 
 
-def overdue(entry: Entry, events: Iterable[Feedback], times: JoinTimes, watermark_ms: int) -> bool:
+def overdue(
+    exposure: Exposure,
+    ahead_ms: int,
+    events: Iterable[Feedback],
+    times: JoinTimes,
+    watermark_ms: int,
+) -> bool:
     """Whether an exposure without a sample should have one by this watermark.
 
-    A late exposure starts at its arrival, which its record timestamp bounds.
+    `ahead_ms` is the largest event time before it in its partition: a late exposure does not start after that.
     """
-    exposure = entry.event
-    assert isinstance(exposure, Exposure)
-    start_ms = exposure.time_ms
-    behind_ms = entry.written_ms - start_ms
-    if times.lateness < behind_ms < times.horizon:
-        start_ms = entry.written_ms
+    start_ms = max(exposure.time_ms, ahead_ms - times.lateness)
     decided_ms = verdict(exposure, start_ms, events, rules_of(times)).decided_ms
     return decided_ms + times.lateness <= watermark_ms
 
@@ -161,8 +167,6 @@ def rules_of(times: JoinTimes) -> Rules:
 
 def disagreement(sample: Sample, expected: Verdict) -> str:
     """Where a sample's outcome differs from the reference's; empty if nowhere."""
-    if sample.closed_by == "memory":
-        return ""  # decided by force, before anything was certain
     if (sample.decided_ms, sample.closed_by) != (expected.decided_ms, expected.closed_by):
         return (
             f"{sample.closed_by} at {sample.decided_ms}, by the reference "
@@ -263,10 +267,12 @@ def _judge(
         if not exposure.time_ms < sample.start_ms <= latest_ms:
             return f"started at {sample.start_ms}, which its arrival does not explain", None
     known = [event for offset, event in events if offset < sample.feedback_upto]
-    expected = verdict(exposure, sample.start_ms, known, rules_of(times))
+    forced = sample.closed_by == "memory"
+    until = max(sample.watermark_ms, sample.start_ms) if forced else None
+    expected = verdict(exposure, sample.start_ms, known, rules_of(times), until)
     if reason := disagreement(sample, expected):
         return reason, None
-    if sample.watermark_ms < sample.decided_ms + times.lateness and sample.closed_by != "memory":
+    if sample.watermark_ms < sample.decided_ms + times.lateness and not forced:
         return f"closed at watermark {sample.watermark_ms}, before it was certain", None
     if sample.watermark_ms > passed.feedback(sample.feedback_upto):
         return f"watermark {sample.watermark_ms} is ahead of the feedback it had read", None

@@ -8,6 +8,8 @@ Notable choices
 - `type` names the record where a topic carries more than one kind; `v` is "major.minor". Added fields are
   ignored by older readers; an unknown major is refused by name.
 - Contexts and lists of leaves are packed little-endian arrays: they are most of an exposure's bytes.
+- The smallest structs are not tracked by the garbage collector (`gc=False`): they are held by the million and
+  cannot be part of a cycle.
 """
 
 from typing import Any, Final, Literal, TypeVar
@@ -64,7 +66,7 @@ class UnreadableError(ValueError):
         self.detail = detail
 
 
-class ShownItem(msgspec.Struct, kw_only=True):
+class ShownItem(msgspec.Struct, kw_only=True, gc=False):
     """One slot of a slate as it was served."""
 
     item: str
@@ -95,7 +97,7 @@ class Exposure(msgspec.Struct, tag_field="type", tag="exposure", kw_only=True):
     next_score: float | None = None
 
 
-class Feedback(msgspec.Struct, tag_field="type", tag="feedback", kw_only=True):
+class Feedback(msgspec.Struct, tag_field="type", tag="feedback", kw_only=True, gc=False):
     """One thing a viewer did; plays are cumulative per (request, position)."""
 
     v: str = VERSION
@@ -111,7 +113,7 @@ class Feedback(msgspec.Struct, tag_field="type", tag="feedback", kw_only=True):
     client_time_ms: int | None = None
 
 
-class Tick(msgspec.Struct, tag_field="type", tag="tick", kw_only=True):
+class Tick(msgspec.Struct, tag_field="type", tag="tick", kw_only=True, gc=False):
     """A promise: nothing older than `time_ms` minus the lateness is still to be written."""
 
     v: str = VERSION
@@ -119,7 +121,7 @@ class Tick(msgspec.Struct, tag_field="type", tag="tick", kw_only=True):
     writer: str
 
 
-class SampleItem(msgspec.Struct, kw_only=True):
+class SampleItem(msgspec.Struct, kw_only=True, gc=False):
     """One slot after join and shaping."""
 
     item: str
@@ -221,8 +223,8 @@ class LateStart(msgspec.Struct, tag_field="type", tag="late", kw_only=True):
     start_ms: int
 
 
-class HeldPosition(msgspec.Struct, kw_only=True):
-    """What became of one position of a request that waits."""
+class PositionOutcome(msgspec.Struct, frozen=True, gc=False):
+    """What became of one position; `last_ms` is the event time of its last play event."""
 
     outcome: Outcome
     play_ms: int
@@ -241,7 +243,7 @@ class Held(msgspec.Struct, tag_field="type", tag="held", kw_only=True):
     watermark_ms: int
     closable_ms: int
     feedback_upto: int
-    positions: dict[int, HeldPosition]
+    positions: dict[int, PositionOutcome]
 
 
 Shaping = UserShaping | BucketShaping | QuantileShaping | LateStart | Held

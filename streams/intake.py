@@ -63,7 +63,12 @@ class Intake:
         event = decode(feedback_decoder, value)
         self._time(event.time_ms, record_ms)
         if isinstance(event, Feedback):
-            _ids(event=event.event, request=event.request, user=event.user)
+            if not (
+                0 < len(event.event) <= MAX_ID
+                and 0 < len(event.request) <= MAX_ID
+                and 0 < len(event.user) <= MAX_ID
+            ):
+                _ids(event=event.event, request=event.request, user=event.user)
             self._place(event.user)
             if not 0 <= event.play_ms < 1 << 32:
                 raise UnreadableError("bad_value", f"play_ms is {event.play_ms}, allowed 0..2^32-1")
@@ -107,7 +112,8 @@ def _shape_of(exposure: Exposure) -> None:
     if len({item.position for item in items}) != len(items):
         raise UnreadableError("bad_value", "two items share a position")
     for item in items:
-        _item(item)
+        if not _sound(item):
+            _explain(item)
     if "/" in exposure.arm:
         raise UnreadableError("bad_value", f"arm is {exposure.arm!r}, allowed is a name without /")
     if not 0 < exposure.temperature < math.inf:
@@ -120,7 +126,27 @@ def _shape_of(exposure: Exposure) -> None:
         raise UnreadableError("bad_value", "excluded is not whole semantic IDs")
 
 
-def _item(item: ShownItem) -> None:
+def _sound(item: ShownItem) -> bool:
+    """All that `_explain` would complain of, at once: most of an exposure's checks are these."""
+    first, second, third = item.sid
+    logp = item.logp_levels
+    return (
+        0 < len(item.item) <= MAX_ID
+        and item.position >= 0
+        and 0 <= item.duration_ms < 1 << 32
+        and 0 <= first < 1 << 16
+        and 0 <= second < 1 << 16
+        and 0 <= third < 1 << 16
+        and (
+            item.source != "policy"
+            if logp is None
+            else -math.inf < min(logp) and max(logp) <= MAX_LOGP and not any(map(math.isnan, logp))
+        )
+    )
+
+
+def _explain(item: ShownItem) -> None:
+    """Raise for what is wrong with an item."""
     _ids(item=item.item)
     where = f"of item {item.item!r}"
     if item.position < 0:

@@ -62,7 +62,7 @@ class Partition:
         state: PartitionState,
     ) -> None:
         self._sequence = Sequence() if join.order == "exposure" else None
-        self.join = Join(join, self._is_closed)
+        self.join = Join(join, self._is_closed, state.kv)
         self.shape = Shape(shape, state.plays)
         self._settings = streams
         self._state = state
@@ -110,6 +110,7 @@ class Partition:
         )
         self._samples, self._histories = [], {}
         self.join.closed.clear()
+        self.join.settle()
         late.clear()
         return output
 

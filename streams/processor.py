@@ -7,28 +7,27 @@ Notable choices (contract of the streams, "Exactly once comes from Kafka transac
   both watermarks and the offsets still needed by open requests ride in the offset metadata. Starts of late
   exposures are in the changelog: thousands of them, when a spool drains, do not fit beside an offset.
 - Local state is written after the commit. Whatever fails in between is undone by starting the partition over.
-- The two inputs of a batch are merged by record timestamp, each in its own order: nothing depends on it but how
-  soon a request closes.
 - Idle inputs get ticks from here (wall clock minus a grace), written outside the transaction like any event.
 """
 
 import asyncio
-import heapq
 import logging
 import time
+from collections import Counter
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError, ProducerFenced
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter as Metric
+from prometheus_client import Gauge, Histogram
 
 from storage.kv import RocksKv
-from streams.aioclients import begin, leave, leave_producer
+from streams.aioclients import begin, leave, leave_producer, offsets, send_all
 from streams.events import DeadLetter, Tick, UnreadableError, encode
+from streams.inputs import Inputs
 from streams.intake import MAX_EVENT_BYTES, Intake
 from streams.partition import OffsetNote, Output, Partition
 from streams.readback import OwnershipLostError, StreamsError, gap, read_to_end, standing
@@ -46,11 +45,11 @@ from streams.topics import (
 
 log = logging.getLogger("dwell.streams")
 
-EVENTS = Counter("dwell_streams_events_total", "Input records taken", ["topic"])
-OUTCOMES = Counter("dwell_streams_outcomes_total", "What the join counted", ["what"])
-SAMPLES_MADE = Counter("dwell_streams_samples_total", "Requests closed", ["arm"])
-CENSORED = Counter("dwell_streams_censored_total", "Plays still going at the deadline", ["arm"])
-DEAD = Counter("dwell_streams_dead_letters_total", "Records that could not be used", ["reason"])
+EVENTS = Metric("dwell_streams_events_total", "Input records taken", ["topic"])
+OUTCOMES = Metric("dwell_streams_outcomes_total", "What the join counted", ["what"])
+SAMPLES_MADE = Metric("dwell_streams_samples_total", "Requests closed", ["arm"])
+CENSORED = Metric("dwell_streams_censored_total", "Plays still going at the deadline", ["arm"])
+DEAD = Metric("dwell_streams_dead_letters_total", "Records that could not be used", ["reason"])
 OPEN = Gauge("dwell_streams_open_requests", "Requests waiting for feedback", ["partition"])
 COMMIT_SECONDS = Histogram("dwell_streams_commit_seconds", "Transaction, first send to commit")
 
@@ -162,6 +161,7 @@ class PartitionProcessor:
                     async for records in batches:
                         for record in records:
                             self._replay(core, record, note)
+                        core.join.settle()
             consumer.seek(place, upto)
         core.resume(note, committed.feedback)
 
@@ -191,16 +191,21 @@ class PartitionProcessor:
         committed = time.monotonic()
         ticked = 0.0
         moved = False
+        inputs: Inputs[ConsumerRecord] = Inputs()
         while True:
-            batches = await self._poll(consumer)
-            moved = moved or any(batches)
-            for record in heapq.merge(*batches, key=lambda record: record.timestamp):
+            await self._read(consumer, inputs)
+            for record in inputs.take():
                 self._take(core, record, dead)
+                moved = True
             output = core.take()
             now = time.monotonic()
             if not output.empty or dead or (moved and now - committed > COMMIT_IDLE_S):
+                standing = (
+                    inputs.position(0, await consumer.position(self._exposures)),
+                    inputs.position(1, await consumer.position(self._feedback)),
+                )
                 with COMMIT_SECONDS.time():
-                    await self._commit(core, state, consumer, producer, output, dead)
+                    await self._commit(core, state, standing, producer, output, dead)
                 dead = []
                 committed, moved = now, False
                 self._instruments(core, output)
@@ -210,14 +215,22 @@ class PartitionProcessor:
                 if self._streams.tick:
                     await self._tick(core, ticker)
 
-    async def _poll(self, consumer: AIOKafkaConsumer) -> list[list[ConsumerRecord]]:
-        """The next records of exposures and of feedback."""
+    async def _read(self, consumer: AIOKafkaConsumer, inputs: Inputs[ConsumerRecord]) -> None:
+        """The next records of whichever input is wanted."""
+        places = (self._exposures, self._feedback)
+        wanted = [place for which, place in enumerate(places) if inputs.wants(which)]
         try:
-            batches = await consumer.getmany(timeout_ms=self._streams.batch_ms)
+            batches = await consumer.getmany(*wanted, timeout_ms=self._streams.batch_ms)
         except OffsetOutOfRangeError as error:
             ((place, needed),) = error.args[0].items()
             raise gap(place, needed, (await consumer.beginning_offsets([place]))[place]) from None
-        return [batches.get(place, []) for place in (self._exposures, self._feedback)]
+        for which, place in enumerate(places):
+            if place in wanted:
+                records = batches.get(place, [])
+                EVENTS.labels(place.topic).inc(len(records))
+                end = consumer.last_stable_offset(place)
+                at_end = end is not None and await consumer.position(place) >= end
+                inputs.read(which, records, at_end)
 
     def _take(self, core: Partition, record: ConsumerRecord, dead: list[DeadLetter]) -> None:
         """One record into the core; what cannot be used becomes a dead letter."""
@@ -250,37 +263,36 @@ class PartitionProcessor:
                     value=(record.value or b"")[:MAX_EVENT_BYTES],
                 )
             )
-        EVENTS.labels(record.topic).inc()
 
     async def _commit(
         self,
         core: Partition,
         state: PartitionState,
-        consumer: AIOKafkaConsumer,
+        standing: tuple[int, int],
         producer: AIOKafkaProducer,
         output: Output,
         dead: list[DeadLetter],
     ) -> None:
         """Everything this batch brought about, in one transaction; local state afterwards."""
         await producer.begin_transaction()
-        sent: list[tuple[str, bytes, bytes | None, Any]] = []
-
-        async def send(topic: str, key: str, value: bytes | None) -> None:
-            future = await producer.send(topic, value, key.encode(), partition=self._number)
-            sent.append((topic, key.encode(), value, future))
-
-        for sample in output.samples:
-            await send(SAMPLES, sample.user, encode(sample))
-        for history in output.histories:
-            await send(HISTORIES, history.user, encode(history))
-        for shaping in output.shaping:
-            await send(SHAPING, shaping_key(shaping), encode(shaping))
-        for key in output.forgotten:
-            await send(SHAPING, key, None)
+        written: list[tuple[str, list[tuple[bytes, bytes | None]]]] = [
+            (SAMPLES, [(sample.user.encode(), encode(sample)) for sample in output.samples]),
+            (HISTORIES, [(each.user.encode(), encode(each)) for each in output.histories]),
+            (
+                SHAPING,
+                [
+                    *((shaping_key(one).encode(), encode(one)) for one in output.shaping),
+                    *((key.encode(), None) for key in output.forgotten),
+                ],
+            ),
+        ]
+        sent = [
+            (topic, pairs, await send_all(producer, topic, self._number, pairs))
+            for topic, pairs in written
+        ]
         for letter in dead:
             await producer.send(DEAD_LETTERS, encode(letter), letter.key)
-        exposures_upto = await consumer.position(self._exposures)
-        feedback_upto = await consumer.position(self._feedback)
+        exposures_upto, feedback_upto = standing
         note = msgspec.json.encode(core.note(exposures_upto, feedback_upto)).decode()
         await producer.send_offsets_to_transaction(
             {
@@ -290,10 +302,11 @@ class PartitionProcessor:
             STREAMS_GROUP,
         )
         await producer.commit_transaction()
-        state.apply(
-            LogRecord(topic, future.result().offset, value, key)
-            for topic, key, value, future in sent
-        )
+        for topic, pairs, batches in sent:
+            state.apply(
+                LogRecord(topic, offset, value, key)
+                for (key, value), offset in zip(pairs, offsets(batches), strict=True)
+            )
 
     async def _tick(self, core: Partition, ticker: AIOKafkaProducer) -> None:
         """Move inputs that have nothing to say; the grace allows for what is being written."""
@@ -311,10 +324,14 @@ class PartitionProcessor:
         for what, count in core.join.counts.items():
             OUTCOMES.labels(what).inc(count - self._counted.get(what, 0))
             self._counted[what] = count
+        made: Counter[str] = Counter()
+        censored: Counter[str] = Counter()
         for sample in output.samples:
-            SAMPLES_MADE.labels(sample.arm).inc()
-            censored = sum(item.outcome == "censored" for item in sample.items)
-            CENSORED.labels(sample.arm).inc(censored)
+            made[sample.arm] += 1
+            censored[sample.arm] += sum(item.outcome == "censored" for item in sample.items)
+        for arm, count in made.items():
+            SAMPLES_MADE.labels(arm).inc(count)
+            CENSORED.labels(arm).inc(censored[arm])
 
 
 def transactional_id(partition: int) -> str:

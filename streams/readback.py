@@ -14,7 +14,7 @@ from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from streams.aioclients import begin, leave
-from streams.join import NEVER
+from streams.decision import NEVER
 from streams.partition import OffsetNote
 from streams.topics import EXPOSURES, FEEDBACK, STREAMS_GROUP
 

@@ -55,13 +55,25 @@ class Verdict:
 
 
 def verdict(
-    exposure: Exposure, start_ms: int, feedback: Iterable[Feedback], rules: Rules
+    exposure: Exposure,
+    start_ms: int,
+    feedback: Iterable[Feedback],
+    rules: Rules,
+    until: int | None = None,
 ) -> Verdict:
-    """Lives through the request's time, from one moment at which anything could change to the next."""
+    """Lives through the request's time, from one moment at which anything could change to the next.
+
+    With `until` it is broken off there, by force, whatever is certain by then.
+    """
     slots = {item.position: Slot() for item in exposure.items}
     events = without_repeats(feedback)
     starts: list[int] = []
-    for now in moments(events, start_ms, rules):
+
+    def ended(at: int, why: str) -> Verdict:
+        by = why if until is None else "memory"
+        return Verdict(at, by, {position: found(slot) for position, slot in slots.items()})
+
+    for now in moments(events, start_ms, rules, until):
         # 1. What happened before the start is taken as happening at the start; after leaving, nothing.
         left = False
         for event in in_order(e for e in events if moment(e, start_ms, rules) == now):
@@ -87,20 +99,26 @@ def verdict(
                 slot.final = slot.final or "left"
         # 3. Is every position decided, or the deadline reached?
         if all(slot.final for slot in slots.values()):
-            return Verdict(now, "decided", {p: found(slot) for p, slot in slots.items()})
+            return ended(now, "decided")
         latest = max(starts, default=start_ms)
         if now >= min(latest + rules.window, start_ms + rules.cap):
-            return Verdict(now, "deadline", {p: found(slot) for p, slot in slots.items()})
+            return ended(now, "deadline")
+        if now == until:
+            return ended(now, "memory")
     raise AssertionError("the cap is one of the moments")
 
 
-def moments(events: Iterable[Feedback], start_ms: int, rules: Rules) -> list[int]:
-    """All times at which an event, a silence, a window or the cap could decide something, in order."""
+def moments(
+    events: Iterable[Feedback], start_ms: int, rules: Rules, until: int | None
+) -> list[int]:
+    """All times at which an event, a silence, a window, the cap or the end could decide something, in order."""
     beginnings = {start_ms}
     beginnings.update(at for e in events if (at := moment(e, start_ms, rules)) is not None)
     found = set(beginnings)
     found.update(at + wait for at in beginnings for wait in (rules.abandon, rules.window))
     found.add(start_ms + rules.cap)
+    if until is not None:
+        found.add(until)
     return sorted(found)
 
 

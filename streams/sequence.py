@@ -11,8 +11,9 @@ Notable choices (contract of the streams, "Join" and "Shaping")
 import heapq
 from collections.abc import Iterable
 
-from streams.events import Exposure, Held, HeldPosition
-from streams.join import Decision, Joined, PositionOutcome
+from streams.decision import Decision
+from streams.events import Exposure, Held
+from streams.join import Joined
 
 Key = tuple[int, str]
 
@@ -87,15 +88,7 @@ def held_of(one: Joined) -> Held:
         watermark_ms=one.watermark_ms,
         closable_ms=one.closable_ms,
         feedback_upto=one.feedback_upto,
-        positions={
-            position: HeldPosition(
-                outcome=each.outcome,
-                play_ms=each.play_ms,
-                last_ms=each.last_ms,
-                actions=each.actions,
-            )
-            for position, each in one.decision.positions.items()
-        },
+        positions=one.decision.positions,
     )
 
 
@@ -105,14 +98,7 @@ def joined_of(held: Held, exposure: Exposure) -> Joined:
         exposure=exposure,
         exposure_offset=held.offset,
         start_ms=held.start_ms,
-        decision=Decision(
-            held.decided_ms,
-            held.closed_by,
-            {
-                position: PositionOutcome(each.outcome, each.play_ms, each.last_ms, each.actions)
-                for position, each in held.positions.items()
-            },
-        ),
+        decision=Decision(held.decided_ms, held.closed_by, held.positions),
         watermark_ms=held.watermark_ms,
         closable_ms=held.closable_ms,
         feedback_upto=held.feedback_upto,

@@ -53,6 +53,8 @@ class JoinSettings:
     """An event time further ahead of its record's timestamp is a dead letter."""
     dedupe_horizon_s: Positive = 86_400.0
     """Closed request ids are remembered, and early feedback waits for its exposure, this long."""
+    max_open: Count = 1_000_000
+    """Requests of a partition open at once; beyond, the one due first is closed as it stands (`memory`)."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ bins of percentiles.
 """
 
 import math
-from bisect import insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from streams.events import (
     ACTION_BITS,
     BucketShaping,
+    PositionOutcome,
     QuantileShaping,
     Sample,
     SampleItem,
@@ -33,7 +34,7 @@ from streams.events import (
     ShownItem,
     UserShaping,
 )
-from streams.join import Joined, PositionOutcome
+from streams.join import Joined
 from streams.settings import ShapeSettings
 
 QUANTILE_BINS = 256
@@ -74,13 +75,16 @@ class RunningQuantile:
             self.weights /= self.weight
             self.weight = 1.0
 
-    def at(self, quantile: float) -> float:
-        """The value below which `quantile` of the weight lies, linear within a bin."""
-        cumulative = np.cumsum(self.weights)
-        target = quantile * float(cumulative[-1])
-        index = int(np.searchsorted(cumulative, target))
-        below = float(cumulative[index - 1]) if index else 0.0
-        return (index + (target - below) / float(self.weights[index])) / QUANTILE_BINS
+    def at(self, *quantiles: float) -> list[float]:
+        """For each quantile the value below which so much of the weight lies, linear within a bin."""
+        cumulative = self.weights.cumsum()
+        found = []
+        for quantile in quantiles:
+            target = quantile * float(cumulative[-1])
+            index = int(cumulative.searchsorted(target))
+            below = float(cumulative[index - 1]) if index else 0.0
+            found.append((index + (target - below) / float(self.weights[index])) / QUANTILE_BINS)
+        return found
 
 
 @dataclass
@@ -88,17 +92,31 @@ class Population:
     """What is kept of all users of one arm in one partition."""
 
     quantile: RunningQuantile
-    buckets: dict[int, dict[int, float]] = field(default_factory=dict)
+    buckets: dict[int, list[float]] = field(default_factory=dict)
+    """By duration bucket, plays by bin; counts are whole numbers, so their sums are exact in any order."""
 
     def percentile(self, bucket: int, play_ms: int) -> tuple[float, float]:
         """Mid-rank of a play among the population's, and how many those are; 0.5 of none."""
         counts = self.buckets.get(bucket)
-        if not counts:
+        if counts is None:
             return 0.5, 0.0
-        mine = play_bin(play_ms)
-        total = sum(counts.values())  # whole numbers: exact in any order
-        less = sum(count for bin_, count in counts.items() if bin_ < mine)
-        return (less + 0.5 * counts.get(mine, 0.0)) / total, total
+        mine, total = play_bin(play_ms), sum(counts)
+        equal = counts[mine] if mine < len(counts) else 0.0
+        return (sum(counts[:mine]) + 0.5 * equal) / total, total
+
+    def add(self, bucket: int, play_ms: int) -> None:
+        """One play more."""
+        counts, mine = self.buckets.setdefault(bucket, []), play_bin(play_ms)
+        counts.extend([0.0] * (mine + 1 - len(counts)))
+        counts[mine] += 1.0
+
+    def counts(self, bucket: int) -> dict[int, float]:
+        """Plays by bin, without the empty ones."""
+        return {number: count for number, count in enumerate(self.buckets[bucket]) if count}
+
+    def restore(self, bucket: int, counts: dict[int, float]) -> None:
+        """What `counts` gave."""
+        self.buckets[bucket] = [counts.get(number, 0.0) for number in range(max(counts) + 1)]
 
 
 class Shape:
@@ -119,7 +137,7 @@ class Shape:
     def restore(self, state: Shaping) -> None:
         """Take one record of the changelog (users are read through `load`)."""
         if isinstance(state, BucketShaping):
-            self._population(state.arm).buckets[state.bucket] = dict(state.counts)
+            self._population(state.arm).restore(state.bucket, state.counts)
         elif isinstance(state, QuantileShaping):
             quantile = self._population(state.arm).quantile
             quantile.weights = np.frombuffer(state.weights, dtype="<f8").copy()
@@ -129,8 +147,7 @@ class Shape:
         """Judge one closed request and let it enter the state."""
         exposure = joined.exposure
         population = self._population(exposure.arm)
-        threshold = population.quantile.at(self.settings.threshold_quantile)
-        median = population.quantile.at(0.5)
+        threshold, median = population.quantile.at(self.settings.threshold_quantile, 0.5)
         plays = self._plays(exposure.arm, exposure.user)
         items = [
             self._judge(
@@ -178,9 +195,7 @@ class Shape:
             for (arm, user), plays in self._users.items()
         ]
         changes += [
-            BucketShaping(
-                arm=arm, bucket=bucket, counts=dict(self.populations[arm].buckets[bucket])
-            )
+            BucketShaping(arm=arm, bucket=bucket, counts=self.populations[arm].counts(bucket))
             for arm, bucket in sorted(self._changed_buckets)
         ]
         for arm in sorted(self._changed_arms):
@@ -227,8 +242,9 @@ class Shape:
         item.bucket = duration_bucket(shown.duration_ms, self.settings.bucket_base)
         own = [play for end, play in plays.get(item.bucket, ()) if end < time_ms]
         q_population, item.population = population.percentile(item.bucket, item.play_ms)
-        less = sum(play < item.play_ms for play in own)
-        equal = sum(play == item.play_ms for play in own)
+        own.sort()
+        less = bisect_left(own, item.play_ms)
+        equal = bisect_right(own, item.play_ms) - less
         prior = self.settings.prior_plays
         item.own_plays = len(own)
         q = (less + 0.5 * equal + prior * q_population) / (len(own) + prior)
@@ -248,9 +264,7 @@ class Shape:
     ) -> None:
         assert item.bucket is not None and item.percentile is not None
         population = self._population(arm)
-        counts = population.buckets.setdefault(item.bucket, {})
-        mine = play_bin(item.play_ms)
-        counts[mine] = counts.get(mine, 0.0) + 1.0
+        population.add(item.bucket, item.play_ms)
         population.quantile.add(item.percentile)
         self._changed_buckets.add((arm, item.bucket))
         self._changed_arms.add(arm)

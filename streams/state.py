@@ -62,10 +62,13 @@ def held_key(offset: int) -> str:
 
 
 class PartitionState:
-    """Shaping, histories and closed ids of one partition over a `Kv`."""
+    """Shaping, histories and closed ids of one partition over a `Kv`.
+
+    Others may use `kv` under keys that begin with other letters than `p`, `s`, `h`, `c` and `t`.
+    """
 
     def __init__(self, kv: Kv) -> None:
-        self._kv = kv
+        self.kv = self._kv = kv
 
     def position(self, topic: str) -> int:
         """The next offset of a changelog that this state does not contain yet."""

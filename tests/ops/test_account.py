@@ -16,6 +16,7 @@ from streams.events import (
     Sample,
     SampleItem,
     ShownItem,
+    Tick,
     encode,
 )
 from streams.intake import partition_of
@@ -238,13 +239,12 @@ def test_dead_lettered_exposures_stand_apart(log: Log) -> None:
 
 
 def test_a_late_exposure_is_not_lost_before_its_window_after_arrival_has_passed(log: Log) -> None:
-    """Its record's timestamp bounds when it arrived."""
-    late = exposure("late", log.user)
-    sent = log.client.send(EXPOSURES, encode(late), partition=log.number, timestamp_ms=T0 + 60_000)
-    upto = sent.get(timeout=30).offset + 1
-    log.commit(upto, 0, T0 + 71_999)
+    """What stands before it bounds how far the watermark was when it arrived."""
+    log.write(EXPOSURES, encode(Tick(time_ms=T0 + 60_000, writer="test")))
+    upto = log.expose("late")
+    log.commit(upto, 0, T0 + 69_999)
     assert log.found()["open"] == 1
-    log.commit(upto, 0, T0 + 72_000)
+    log.commit(upto, 0, T0 + 70_000)
     assert log.found()["lost"] == 1
 
 

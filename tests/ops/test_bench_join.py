@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ops.bench_join import EVENTS, FAST, ITEMS, USERS, request
-from streams.join import JoinTimes, decide
+from streams.decision import JoinTimes, decide
 
 
 def test_a_request_is_one_exposure_and_plays_that_all_end() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 from storage.kv import Kv, MemoryKv
+from streams.decision import NEVER
 from streams.events import Exposure, Feedback, Sample, encode
-from streams.join import NEVER
 from streams.partition import OffsetNote, Partition
 from streams.settings import JoinSettings, ShapeSettings, StreamsSettings
 from streams.state import LogRecord, PartitionState, shaping_key

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.audit import Entry, Findings, PartitionLogs, audit
-from streams.events import Exposure, Feedback, Sample, Tick
-from streams.settings import ShapeSettings
+from streams.events import Exposure, Feedback, Tick
+from streams.settings import JoinSettings, ShapeSettings
 from streams.topics import EXPOSURES, FEEDBACK
 from tests.streams.makers import T0, exposure
 from tests.streams.shell import JOIN, Arrived, Shell, busy_arrivals
@@ -29,11 +29,15 @@ class Ticked(Shell):
         return sum(not isinstance(event, other) for event in self.arrivals[:at])
 
 
-def joined(seed: int, upto: int | None = None) -> PartitionLogs:
+def joined(seed: int, upto: int | None = None, join: JoinSettings = JOIN) -> PartitionLogs:
     """A partition's life, or its beginning, as its topics tell it."""
     arrivals: list[Arrived] = [*busy_arrivals(seed), FAR]
-    arrivals = arrivals[:upto]
-    shell = Ticked(arrivals).run(commits=range(0, len(arrivals), 7))
+    return logs_of(arrivals[:upto], join)
+
+
+def logs_of(arrivals: list[Arrived], join: JoinSettings = JOIN) -> PartitionLogs:
+    """What the topics hold after these arrivals."""
+    shell = Ticked(arrivals, join).run(commits=range(0, len(arrivals), 7))
     inputs: dict[str, list[Entry]] = {EXPOSURES: [], FEEDBACK: []}
     written_ms = T0
     for event in arrivals:
@@ -80,6 +84,14 @@ def test_what_the_join_made_is_right_wherever_it_stands(seed: int, share: float)
     got = found(logs)
     assert got.shaping_checked == got.samples == len(logs.samples)
     assert got.exposures == got.samples + got.open
+
+
+def test_an_exposure_that_came_late_is_not_missed_before_its_own_deadline() -> None:
+    """It is older than the horizon by the clock of its writing, not by the watermark it met."""
+    arrivals: list[Arrived] = [T0, exposure("ahead", T0 + 1000), T0 + 700]
+    logs = logs_of([*arrivals, exposure("late", T0 + 690), T0 + 735])
+    assert faults(logs) == {}
+    assert found(logs).open == 2
 
 
 def test_after_the_last_deadline_nothing_is_open() -> None:
@@ -218,10 +230,24 @@ def test_of_a_range_only_its_own_exposures_are_judged_and_repeats_belong_to_the_
     assert faults(logs) == {"lost": 1}
 
 
-def test_a_sample_forced_out_by_memory_is_not_held_against_the_clock() -> None:
-    logs = joined(3)
-    offset, sample = logs.samples[4]
-    forced: Sample = msgspec.structs.replace(sample, closed_by="memory", watermark_ms=T0)
-    logs.samples[4] = (offset, forced)
-    logs.seeds = None
-    assert found(logs).wrong_label == 0
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1 << 30), st.integers(1, 3))
+def test_samples_forced_out_by_the_most_open_are_checked_as_they_stood(
+    seed: int, most: int
+) -> None:
+    logs = joined(seed, join=replace(JOIN, max_open=most))
+    assert faults(logs) == {}, found(logs).examples
+    forced = [
+        index for index, (_, sample) in enumerate(logs.samples) if sample.closed_by == "memory"
+    ]
+    if forced:
+        index = random.Random(seed).choice(forced)
+        _, sample = logs.samples[index]
+        changed(index, decided_ms=sample.decided_ms + 1)(logs)
+        logs.seeds = None  # the fold ends where something is wrong
+        assert faults(logs) == {"wrong_label": 1}
+
+
+def test_the_most_open_force_samples_out() -> None:
+    logs = joined(3, join=replace(JOIN, max_open=2))
+    assert Counter(sample.closed_by for _, sample in logs.samples)["memory"] > 3

@@ -5,12 +5,16 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from storage.kv import MemoryKv
+from streams.decision import NEVER, Decision, JoinTimes, decide
 from streams.events import Exposure, Feedback
-from streams.join import NEVER, Decision, Join, Joined, JoinTimes, decide
+from streams.join import Join, Joined
+from streams.open_requests import OFFSET_BLOCK
 from streams.reference import Found, Rules, Verdict, verdict
 from streams.settings import JoinSettings
 from tests.streams.makers import T0, Feed, exposure
@@ -34,9 +38,14 @@ Arrived = Exposure | Feedback | int
 class Fed:
     """A join, what it closed, and the offsets it was fed at."""
 
-    def __init__(self, settings: JoinSettings = SETTINGS, closed: set[str] | None = None) -> None:
+    def __init__(
+        self,
+        settings: JoinSettings = SETTINGS,
+        closed: set[str] | None = None,
+        most_hot: int = 2000,
+    ) -> None:
         committed = closed or set()
-        self.join = Join(settings, committed.__contains__)
+        self.join = Join(settings, committed.__contains__, MemoryKv(), most_hot)
         self.closed: list[Joined] = []
         self._offsets: Counter[str] = Counter()
 
@@ -49,6 +58,7 @@ class Fed:
             else:
                 self.closed += self.join.tick(event, True, record_ms)
                 self.closed += self.join.tick(event, False, record_ms)
+            self.join.settle()
         return self
 
     def _next(self, topic: str) -> int:
@@ -141,11 +151,11 @@ def arrivals(history: list[Request], seed: int, ticks: bool = True) -> list[Arri
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-@given(histories(), st.integers(0, 1 << 30))
+@given(histories(), st.integers(0, 1 << 30), st.sampled_from([0, 1, 2000]))
 def test_the_join_agrees_with_the_slow_reference_in_any_order_within_the_lateness(
-    history: list[Request], seed: int
+    history: list[Request], seed: int, most_hot: int
 ) -> None:
-    fed = Fed().take(*arrivals(history, seed), END)
+    fed = Fed(most_hot=most_hot).take(*arrivals(history, seed), END)
     expected = {
         each.exposure.request: verdict(each.exposure, each.exposure.time_ms, each.feedback, RULES)
         for each in history
@@ -154,11 +164,11 @@ def test_the_join_agrees_with_the_slow_reference_in_any_order_within_the_latenes
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-@given(histories(), st.integers(0, 1 << 30))
+@given(histories(), st.integers(0, 1 << 30), st.sampled_from([0, 1, 2000]))
 def test_each_exposure_closes_exactly_once_and_nothing_stays_open(
-    history: list[Request], seed: int
+    history: list[Request], seed: int, most_hot: int
 ) -> None:
-    fed = Fed().take(*arrivals(history, seed), END)
+    fed = Fed(most_hot=most_hot).take(*arrivals(history, seed), END)
     assert Counter(j.exposure.request for j in fed.closed) == {
         each.exposure.request: 1 for each in history
     }
@@ -453,13 +463,54 @@ def test_ids_are_remembered_at_least_as_long_as_a_request_may_be_open() -> None:
     assert short.horizon == short.cap + short.lateness
 
 
-def test_the_smallest_offsets_still_needed_are_those_of_open_requests() -> None:
+def test_the_offsets_still_needed_are_those_of_open_requests_by_whole_blocks() -> None:
+    first, second = OFFSET_BLOCK + 3, 3 * OFFSET_BLOCK + 3
     feed, other = Feed("a"), Feed("b")
-    fed = Fed().take(
-        exposure("a", slots=1), feed("begin", 0, 1), exposure("b"), other("begin", 0, 2)
+    join = Join(SETTINGS, lambda _: False)
+    join.expose(exposure("a", slots=1), first, T0)
+    join.feed(feed("begin", 0, 1), first, T0)
+    join.expose(exposure("b"), second, T0)
+    join.feed(other("begin", 0, 2), second, T0)
+    assert join.needed(9999, 9999) == (OFFSET_BLOCK, OFFSET_BLOCK)
+    assert join.feed(feed("end", 0, 3), second + 1, T0) == []
+    on_exposures = join.tick(T0 + 3 + TIMES.lateness, True, T0)
+    closed = on_exposures + join.tick(T0 + 3 + TIMES.lateness, False, T0)
+    assert [joined.exposure.request for joined in closed] == ["a"]
+    assert join.needed(9999, 9999) == (3 * OFFSET_BLOCK, 3 * OFFSET_BLOCK)
+    join.tick(END, True, T0)
+    join.tick(END, False, T0)
+    assert join.needed(9999, 9999) == (9999, 9999)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.lists(requests("r"), min_size=2, max_size=2), st.integers(0, 1 << 30))
+def test_beyond_the_most_open_the_one_due_first_closes_as_it_stands(
+    pair: list[Request], seed: int
+) -> None:
+    """Two exposures at one time and room for one: the reference, broken off there, says the same."""
+    first, second = (
+        [renamed(each.exposure, name), *(renamed(event, name) for event in each.feedback)]
+        for name, each in zip("ab", pair, strict=True)
     )
-    assert fed.join.needed(9, 9) == (0, 0)
-    fed.take(feed("end", 0, 3), T0 + 3 + TIMES.lateness)
-    assert fed.join.needed(9, 9) == (1, 1)
-    fed.take(END)
-    assert fed.join.needed(9, 9) == (9, 9)
+    before = [e for e in first if isinstance(e, Exposure) or e.time_ms <= T0 + 30]
+    fed = Fed(replace(SETTINGS, max_open=1)).take(*before, T0 + 30)
+    if fed.closed:
+        return  # it was decided by itself
+    exposed = second[0]
+    assert isinstance(exposed, Exposure)
+    fed.take(msgspec.structs.replace(exposed, time_ms=T0 + 30 + seed % 5))
+    assert len(fed.closed) == fed.join.counts["closed_by_memory"] == 1
+    joined = fed.closed[0]
+    heard = before if joined.exposure.request == "a" else []
+    events = [e for e in heard if isinstance(e, Feedback)]
+    broken_off = max(joined.watermark_ms, joined.start_ms)
+    expected = verdict(joined.exposure, joined.start_ms, events, RULES, until=broken_off)
+    assert as_verdict(joined.decision) == expected
+    assert fed.join.open == 1
+
+
+def renamed(event: Exposure | Feedback, name: str) -> Exposure | Feedback:
+    """The same of another request."""
+    if isinstance(event, Exposure):
+        return msgspec.structs.replace(event, request=name)
+    return msgspec.structs.replace(event, request=name, event=f"{name}/{event.event}")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from storage.kv import MemoryKv
 from streams.audit import disagreement
+from streams.decision import NEVER
 from streams.events import (
     Exposure,
     Feedback,
@@ -20,7 +21,7 @@ from streams.events import (
     history_decoder,
     shaping_decoder,
 )
-from streams.join import NEVER
+from streams.open_requests import OFFSET_BLOCK
 from streams.partition import OffsetNote, Partition
 from streams.reference import Rules, verdict
 from streams.settings import JoinSettings, ShapeSettings, StreamsSettings
@@ -226,6 +227,7 @@ def test_nothing_to_commit_is_said_so() -> None:
 def test_the_note_says_what_is_still_needed() -> None:
     partition = Partition(JOIN, ShapeSettings(), StreamsSettings(), PartitionState(MemoryKv()))
     assert partition.note(5, 6) == OffsetNote(NEVER, NEVER, 5, 6)
-    partition.feed(Feed()("begin", 0, 3), 6, 0)
-    partition.expose(exposure(), 5, 0)
-    assert partition.note(6, 7) == OffsetNote(T0, T0 + 3, 5, 6)
+    partition.feed(Feed()("begin", 0, 3), 2 * OFFSET_BLOCK, 0)
+    partition.expose(exposure(), OFFSET_BLOCK, 0)
+    needed = OffsetNote(T0, T0 + 3, OFFSET_BLOCK, 2 * OFFSET_BLOCK)
+    assert partition.note(OFFSET_BLOCK + 1, 2 * OFFSET_BLOCK + 1) == needed

@@ -17,9 +17,9 @@ from prometheus_client import REGISTRY
 
 from storage.kv import MemoryKv, RocksKv, StoreError
 from streams.clients import consumer, records
+from streams.decision import NEVER
 from streams.events import Exposure, History, Sample, encode
 from streams.intake import MAX_EVENT_BYTES, partition_of
-from streams.join import NEVER
 from streams.partition import OffsetNote
 from streams.readback import LogGapError, OwnershipLostError, Standing, StreamsError, standing
 from streams.settings import JoinSettings, KafkaSettings, StreamsSettings
