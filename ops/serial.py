@@ -6,6 +6,7 @@ gives the same weights.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -26,9 +27,9 @@ from storage.kv import MemoryKv
 from streams.control import CONTROL_ARM, LEARNING_ARM
 from streams.events import Exposure, Feedback, Sample, encode
 from streams.intake import partition_of
-from streams.partition import Partition
+from streams.partition import Output, Partition
 from streams.state import LogRecord, PartitionState
-from streams.topics import HISTORIES, SAMPLES, SHAPING
+from streams.topics import SAMPLES
 from streams.weights import Manifest, digest_of
 
 WINDOW_MS = 100
@@ -57,12 +58,20 @@ class _Lane:
 
     partition: Partition
     state: PartitionState
-    offsets: dict[str, int] = field(default_factory=dict)
+    offsets: Counter[str] = field(default_factory=Counter)
 
     def next(self, topic: str) -> int:
-        offset = self.offsets.get(topic, 0)
-        self.offsets[topic] = offset + 1
-        return offset
+        """The offset that a record of the topic gets."""
+        self.offsets[topic] += 1
+        return self.offsets[topic] - 1
+
+    def commit(self, output: Output) -> None:
+        """What a batch brought about is now on the log."""
+        self.state.apply(
+            LogRecord(topic, self.next(topic), value, key)
+            for topic, pairs in output.records()
+            for key, value in pairs
+        )
 
 
 class Serial:
@@ -118,10 +127,7 @@ class Serial:
         seeds = self._start.seeds[number]
         for history in seeds.histories:
             self._users.take_history(history.user, encode(history))
-        state.apply(
-            [LogRecord(HISTORIES, lane.next(HISTORIES), encode(one)) for one in seeds.histories]
-            + [LogRecord(SHAPING, lane.next(SHAPING), encode(one)) for one in seeds.shaping]
-        )
+        lane.commit(Output(histories=seeds.histories, shaping=seeds.shaping))
         config = self._config
         lane.partition = Partition(config.join, config.shape, config.streams, state)
         return lane
@@ -248,19 +254,11 @@ class Serial:
 
     def _commit(self, number: int, lane: _Lane) -> None:
         output = lane.partition.take()
-        records = []
-        for sample in output.samples:
-            offset = lane.next(SAMPLES)
-            records.append(LogRecord(SAMPLES, offset, encode(sample)))
+        for offset, sample in enumerate(output.samples, lane.offsets[SAMPLES]):
             self._journal.add(Polled(number, offset, sample))
         for history in output.histories:
-            records.append(LogRecord(HISTORIES, lane.next(HISTORIES), encode(history)))
             self._users.take_history(history.user, encode(history))
-        records += [LogRecord(SHAPING, lane.next(SHAPING), encode(one)) for one in output.shaping]
-        records += [
-            LogRecord(SHAPING, lane.next(SHAPING), None, key.encode()) for key in output.forgotten
-        ]
-        lane.state.apply(records)
+        lane.commit(output)
         self.result.samples += len(output.samples)
 
     def _learn(self) -> None:

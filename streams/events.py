@@ -354,7 +354,7 @@ def decode(decoder: msgspec.msgpack.Decoder[T], value: bytes | None) -> T:
         event: Any = decoder.decode(value)
     except _NOT_DECODED as error:
         raise UnreadableError(_why(value), str(error)) from None
-    if event.v.partition(".")[0] != MAJOR:
+    if event.v != VERSION and event.v.partition(".")[0] != MAJOR:
         raise UnreadableError("unknown_major", f"version {event.v}, this reader knows {MAJOR}.x")
     return event  # type: ignore[no-any-return]
 

@@ -11,6 +11,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
 
 
@@ -30,6 +31,17 @@ class _Input(Generic[R]):
     reach_ms: float = float("-inf")
     """Largest timestamp read so far, infinite at the end."""
     largest_ms: float = float("-inf")
+
+    def upto(self, reach_ms: float) -> list[R]:
+        """Take what comes before the first record that is later than this."""
+        if self.largest_ms <= reach_ms:
+            taken = list(self.waiting)
+            self.waiting.clear()
+            return taken
+        taken = []
+        while self.waiting and self.waiting[0].timestamp <= reach_ms:
+            taken.append(self.waiting.popleft())
+        return taken
 
 
 class Inputs(Generic[R]):
@@ -53,22 +65,12 @@ class Inputs(Generic[R]):
     def take(self) -> Iterator[R]:
         """All records up to which the other input has been read, by timestamp."""
         exposures, feedback = self._inputs
-        taken = [
-            _upto(mine.waiting, other.reach_ms)
-            for mine, other in ((exposures, feedback), (feedback, exposures))
-        ]
-        if all(taken):
-            return heapq.merge(*taken, key=lambda record: record.timestamp)
-        return iter(taken[0] or taken[1])
+        first, second = exposures.upto(feedback.reach_ms), feedback.upto(exposures.reach_ms)
+        if first and second:
+            return heapq.merge(first, second, key=attrgetter("timestamp"))
+        return iter(first or second)
 
     def position(self, which: int, read_upto: int) -> int:
         """The next offset to be taken, of an input read up to this one."""
         waiting = self._inputs[which].waiting
         return int(waiting[0].offset) if waiting else read_upto
-
-
-def _upto(waiting: deque[R], reach_ms: float) -> list[R]:
-    taken: list[R] = []
-    while waiting and waiting[0].timestamp <= reach_ms:
-        taken.append(waiting.popleft())
-    return taken

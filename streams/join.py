@@ -225,20 +225,20 @@ class Join:
 
     def _close(self, record_ms: int) -> list[Joined]:
         """What the watermark has made certain, and what there is no room for, in the order of their decisions."""
-        watermark = self.watermark_ms
+        watermark = self.exposures_ms if self.exposures_ms < self.feedback_ms else self.feedback_ms
         joined: list[Joined] = []
-        while self._requests.next_ms <= watermark:
-            found = self._requests.due(watermark)
-            if found is None:
-                break
+        if self._requests.next_ms > watermark and self._exposed <= self._most_exposed:
+            return joined  # as after most events
+        while (found := self._requests.due(watermark)) is not None:
             name, request = found
             if request.exposure is None:
                 self._wait_for_exposure(name, request, watermark)
                 continue
             decision = self._decision(request)
             due_ms = decision.decided_ms + self.times.lateness
-            looked_ms = request.looked_ms
-            if due_ms > looked_ms:  # also if due by now: requests close in the order of decisions
+            if (
+                due_ms > request.looked_ms
+            ):  # also if due by now: requests close in the order of decisions
                 self._requests.look_at(name, request, due_ms)
                 continue
             joined.append(self._closed(name, request, decision, record_ms))

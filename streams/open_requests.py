@@ -150,6 +150,8 @@ class OpenRequests:
         self._cold = 0
         self._cold_due_ms = FOREVER
         self._checks: list[tuple[int, str]] = []
+        self.next_ms = FOREVER
+        """No request asks to be looked at before this watermark."""
         self._drop_scratch()
 
     def __len__(self) -> int:
@@ -180,18 +182,17 @@ class OpenRequests:
         if check_ms < request.check_ms:
             request.check_ms = check_ms
             heapq.heappush(self._checks, (check_ms, name))
-
-    @property
-    def next_ms(self) -> int:
-        """No request asks to be looked at before this watermark."""
-        return min(self._checks[0][0], self._cold_due_ms) if self._checks else self._cold_due_ms
+            if check_ms < self.next_ms:
+                self.next_ms = check_ms
 
     def due(self, watermark_ms: int) -> tuple[str, OpenRequest] | None:
         """The request that asked for the earliest look of all up to this watermark; its wish is fulfilled."""
-        while self.next_ms <= watermark_ms:
-            if self._cold_due_ms <= watermark_ms and (
-                not self._checks or self._cold_due_ms <= self._checks[0][0]
-            ):
+        while True:
+            hot_ms = self._checks[0][0] if self._checks else FOREVER
+            self.next_ms = min(hot_ms, self._cold_due_ms)
+            if self.next_ms > watermark_ms:
+                return None
+            if self._cold_due_ms <= hot_ms:
                 self._load_due(watermark_ms)
                 continue
             check_ms, name = heapq.heappop(self._checks)
@@ -199,7 +200,6 @@ class OpenRequests:
             if request is not None and request.check_ms == check_ms:
                 request.looked_ms, request.check_ms = check_ms, FOREVER
                 return name, request
-        return None
 
     def settle(self) -> None:
         """Between two batches: put away what has not been touched for longest."""

@@ -18,12 +18,14 @@ from streams.events import (
     LateStart,
     Sample,
     Shaping,
+    encode,
 )
 from streams.join import Join, Joined
 from streams.sequence import Sequence, joined_of
 from streams.settings import JoinSettings, ShapeSettings, StreamsSettings
 from streams.shape import Shape
-from streams.state import PartitionState, held_key, late_key
+from streams.state import PartitionState, held_key, late_key, shaping_key
+from streams.topics import HISTORIES, SAMPLES, SHAPING
 
 
 class OffsetNote(msgspec.Struct):
@@ -44,6 +46,20 @@ class Output:
     shaping: list[Shaping] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     """Keys of `shaping` that are no longer needed: starts of late exposures, requests that waited."""
+
+    def records(self) -> list[tuple[str, list[tuple[bytes, bytes | None]]]]:
+        """What to append to each changelog: keys and values, in order."""
+        return [
+            (SAMPLES, [(sample.user.encode(), encode(sample)) for sample in self.samples]),
+            (HISTORIES, [(each.user.encode(), encode(each)) for each in self.histories]),
+            (
+                SHAPING,
+                [
+                    *((shaping_key(one).encode(), encode(one)) for one in self.shaping),
+                    *((key.encode(), None) for key in self.forgotten),
+                ],
+            ),
+        ]
 
     @property
     def empty(self) -> bool:
@@ -150,6 +166,8 @@ class Partition:
 
     def admit(self, joined: list[Joined]) -> None:
         """Requests that are decided: by this join, or before the loop began (a log to start from)."""
+        if not joined and self._sequence is None:
+            return
         if self._sequence is not None:
             self._sequence.hold(joined)
             before_ms = self.join.watermark_ms - self.join.times.lateness

@@ -32,14 +32,11 @@ from streams.intake import MAX_EVENT_BYTES, Intake
 from streams.partition import OffsetNote, Output, Partition
 from streams.readback import OwnershipLostError, StreamsError, gap, read_to_end, standing
 from streams.settings import JoinSettings, KafkaSettings, ShapeSettings, StreamsSettings
-from streams.state import CHANGELOGS, LogRecord, PartitionState, shaping_key
+from streams.state import CHANGELOGS, LogRecord, PartitionState, read_back
 from streams.topics import (
     DEAD_LETTERS,
     EXPOSURES,
     FEEDBACK,
-    HISTORIES,
-    SAMPLES,
-    SHAPING,
     STREAMS_GROUP,
 )
 
@@ -133,7 +130,7 @@ class PartitionProcessor:
                 async with aclosing(rest) as batches:
                     async for records in batches:
                         state.apply(
-                            LogRecord(topic, record.offset, record.value, record.key or b"")
+                            read_back(topic, record.offset, record.value, record.key)
                             for record in records
                         )
             except UnreadableError as error:
@@ -275,20 +272,9 @@ class PartitionProcessor:
     ) -> None:
         """Everything this batch brought about, in one transaction; local state afterwards."""
         await producer.begin_transaction()
-        written: list[tuple[str, list[tuple[bytes, bytes | None]]]] = [
-            (SAMPLES, [(sample.user.encode(), encode(sample)) for sample in output.samples]),
-            (HISTORIES, [(each.user.encode(), encode(each)) for each in output.histories]),
-            (
-                SHAPING,
-                [
-                    *((shaping_key(one).encode(), encode(one)) for one in output.shaping),
-                    *((key.encode(), None) for key in output.forgotten),
-                ],
-            ),
-        ]
         sent = [
             (topic, pairs, await send_all(producer, topic, self._number, pairs))
-            for topic, pairs in written
+            for topic, pairs in output.records()
         ]
         for letter in dead:
             await producer.send(DEAD_LETTERS, encode(letter), letter.key)
@@ -302,11 +288,11 @@ class PartitionProcessor:
             STREAMS_GROUP,
         )
         await producer.commit_transaction()
-        for topic, pairs, batches in sent:
-            state.apply(
-                LogRecord(topic, offset, value, key)
-                for (key, value), offset in zip(pairs, offsets(batches), strict=True)
-            )
+        state.apply(
+            LogRecord(topic, offset, value, key)
+            for topic, pairs, batches in sent
+            for (key, value), offset in zip(pairs, offsets(batches), strict=True)
+        )
 
     async def _tick(self, core: Partition, ticker: AIOKafkaProducer) -> None:
         """Move inputs that have nothing to say; the grace allows for what is being written."""

@@ -87,36 +87,55 @@ class RunningQuantile:
         return found
 
 
+class Histogram:
+    """The plays of one duration bucket by bin; counts are whole numbers, so their sums are exact in any order."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self, counts: dict[int, float] | None = None) -> None:
+        self.counts: list[float] = []
+        self.total = 0.0
+        for number, count in (counts or {}).items():
+            self.add(number, count)
+
+    def add(self, number: int, count: float = 1.0) -> None:
+        """Plays of one bin more."""
+        if number >= len(self.counts):
+            self.counts.extend([0.0] * (number + 1 - len(self.counts)))
+        self.counts[number] += count
+        self.total += count
+
+    def below(self, number: int) -> float:
+        """Plays of smaller bins, and half of those of this one."""
+        counts = self.counts
+        return sum(counts[:number]) + (0.5 * counts[number] if number < len(counts) else 0.0)
+
+    def by_bin(self) -> dict[int, float]:
+        """The bins that are not empty."""
+        return {number: count for number, count in enumerate(self.counts) if count}
+
+
 @dataclass
 class Population:
     """What is kept of all users of one arm in one partition."""
 
     quantile: RunningQuantile
-    buckets: dict[int, list[float]] = field(default_factory=dict)
-    """By duration bucket, plays by bin; counts are whole numbers, so their sums are exact in any order."""
+    buckets: dict[int, Histogram] = field(default_factory=dict)
+    """By duration bucket."""
 
     def percentile(self, bucket: int, play_ms: int) -> tuple[float, float]:
         """Mid-rank of a play among the population's, and how many those are; 0.5 of none."""
-        counts = self.buckets.get(bucket)
-        if counts is None:
+        plays = self.buckets.get(bucket)
+        if plays is None:
             return 0.5, 0.0
-        mine, total = play_bin(play_ms), sum(counts)
-        equal = counts[mine] if mine < len(counts) else 0.0
-        return (sum(counts[:mine]) + 0.5 * equal) / total, total
+        return plays.below(play_bin(play_ms)) / plays.total, plays.total
 
     def add(self, bucket: int, play_ms: int) -> None:
         """One play more."""
-        counts, mine = self.buckets.setdefault(bucket, []), play_bin(play_ms)
-        counts.extend([0.0] * (mine + 1 - len(counts)))
-        counts[mine] += 1.0
-
-    def counts(self, bucket: int) -> dict[int, float]:
-        """Plays by bin, without the empty ones."""
-        return {number: count for number, count in enumerate(self.buckets[bucket]) if count}
-
-    def restore(self, bucket: int, counts: dict[int, float]) -> None:
-        """What `counts` gave."""
-        self.buckets[bucket] = [counts.get(number, 0.0) for number in range(max(counts) + 1)]
+        plays = self.buckets.get(bucket)
+        if plays is None:
+            plays = self.buckets[bucket] = Histogram()
+        plays.add(play_bin(play_ms))
 
 
 class Shape:
@@ -137,7 +156,7 @@ class Shape:
     def restore(self, state: Shaping) -> None:
         """Take one record of the changelog (users are read through `load`)."""
         if isinstance(state, BucketShaping):
-            self._population(state.arm).restore(state.bucket, state.counts)
+            self._population(state.arm).buckets[state.bucket] = Histogram(state.counts)
         elif isinstance(state, QuantileShaping):
             quantile = self._population(state.arm).quantile
             quantile.weights = np.frombuffer(state.weights, dtype="<f8").copy()
@@ -195,7 +214,9 @@ class Shape:
             for (arm, user), plays in self._users.items()
         ]
         changes += [
-            BucketShaping(arm=arm, bucket=bucket, counts=self.populations[arm].counts(bucket))
+            BucketShaping(
+                arm=arm, bucket=bucket, counts=self.populations[arm].buckets[bucket].by_bin()
+            )
             for arm, bucket in sorted(self._changed_buckets)
         ]
         for arm in sorted(self._changed_arms):

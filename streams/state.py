@@ -6,7 +6,9 @@ aborted transaction leaves no trace and a lost disk costs a longer start only.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from storage.kv import Kv
 from streams.events import (
@@ -26,7 +28,7 @@ from streams.shape import UserPlays
 from streams.topics import HISTORIES, SAMPLES, SHAPING
 
 CHANGELOGS = (SHAPING, HISTORIES, SAMPLES)
-_PREFIX = {SHAPING: b"s", HISTORIES: b"h", SAMPLES: b"c"}
+_PREFIX = {SHAPING: b"s", HISTORIES: b"h"}
 
 
 class LogRecord(NamedTuple):
@@ -35,7 +37,30 @@ class LogRecord(NamedTuple):
     topic: str
     offset: int
     value: bytes | None
-    key: bytes = b""
+    key: bytes
+
+
+class _Closed(msgspec.Struct):
+    """What of a sample is remembered."""
+
+    v: str
+    request: str
+    time_ms: int
+
+
+_closed_decoder: Final = msgspec.msgpack.Decoder(_Closed)
+_DECODERS: Final[dict[str, msgspec.msgpack.Decoder[Any]]] = {
+    SHAPING: shaping_decoder,
+    HISTORIES: history_decoder,
+    SAMPLES: sample_decoder,
+}
+
+
+def read_back(topic: str, offset: int, value: bytes | None, key: bytes | None) -> LogRecord:
+    """A record from the log, held against what it should be; raises `UnreadableError`."""
+    if value is not None:
+        decode(_DECODERS[topic], value)
+    return LogRecord(topic, offset, value, key or b"")
 
 
 def shaping_key(state: Shaping) -> str:
@@ -78,18 +103,16 @@ class PartitionState:
     def apply(self, records: Iterable[LogRecord]) -> None:
         """Take committed records, with their positions, in one atomic batch."""
         batch: dict[bytes, bytes | None] = {}
+        upto: dict[str, int] = {}
         for record in records:
-            if record.value is None:
-                batch[_PREFIX[record.topic] + record.key] = None
-            elif record.topic == SHAPING:
-                state = decode(shaping_decoder, record.value)
-                batch[b"s" + shaping_key(state).encode()] = record.value
-            elif record.topic == HISTORIES:
-                batch[b"h" + decode(history_decoder, record.value).user.encode()] = record.value
-            else:
-                sample = decode(sample_decoder, record.value)
+            if record.topic != SAMPLES:
+                batch[_PREFIX[record.topic] + record.key] = record.value
+            elif record.value is not None:
+                sample = decode(_closed_decoder, record.value)
                 batch |= _closed(sample.request, sample.time_ms)
-            batch[b"p" + record.topic.encode()] = (record.offset + 1).to_bytes(8, "big")
+            upto[record.topic] = record.offset + 1
+        for topic, offset in upto.items():
+            batch[b"p" + topic.encode()] = offset.to_bytes(8, "big")
         if batch:
             self._kv.write(batch)
 

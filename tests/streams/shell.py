@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from storage.kv import Kv, MemoryKv
 from streams.decision import NEVER
-from streams.events import Exposure, Feedback, Sample, encode
+from streams.events import Exposure, Feedback, Sample
 from streams.partition import OffsetNote, Partition
 from streams.settings import JoinSettings, ShapeSettings, StreamsSettings
-from streams.state import LogRecord, PartitionState, shaping_key
+from streams.state import LogRecord, PartitionState
 from streams.topics import EXPOSURES, FEEDBACK, HISTORIES, SAMPLES, SHAPING
 from tests.streams.makers import T0, Feed, exposure
 
@@ -77,10 +77,9 @@ class Shell:
         """Write changelogs and offsets; the local state follows unless it dies in between."""
         output = self.partition.take()
         records = [
-            *(self._append(SAMPLES, sample.user, encode(sample)) for sample in output.samples),
-            *(self._append(HISTORIES, each.user, encode(each)) for each in output.histories),
-            *(self._append(SHAPING, shaping_key(one), encode(one)) for one in output.shaping),
-            *(self._append(SHAPING, key, None) for key in output.forgotten),
+            self._append(topic, key.decode(), value)
+            for topic, pairs in output.records()
+            for key, value in pairs
         ]
         self.samples += output.samples
         self.note = self.partition.note(self.offset(EXPOSURES, at), self.offset(FEEDBACK, at))

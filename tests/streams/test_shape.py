@@ -13,8 +13,8 @@ from streams.decision import Decision
 from streams.events import PositionOutcome, Sample, SampleItem, Shaping, encode
 from streams.join import Joined
 from streams.settings import ShapeSettings
-from streams.shape import Population, RunningQuantile, Shape, duration_bucket, play_bin
-from streams.state import LogRecord, PartitionState
+from streams.shape import Histogram, Population, RunningQuantile, Shape, duration_bucket, play_bin
+from streams.state import LogRecord, PartitionState, shaping_key
 from streams.topics import SHAPING
 from tests.streams.makers import T0, exposure
 
@@ -90,10 +90,10 @@ def test_play_bins_ascend_and_are_at_most_seven_percent_wide() -> None:
 
 
 def test_a_play_ranks_in_the_middle_of_its_equals() -> None:
-    population = Population(RunningQuantile(100))
-    population.restore(4, {play_bin(1000): 2.0, play_bin(9000): 3.0})
+    plays = Histogram({play_bin(1000): 2.0, play_bin(9000): 3.0})
+    population = Population(RunningQuantile(100), {4: plays})
     population.add(4, 9000)
-    assert population.counts(4) == {play_bin(1000): 2.0, play_bin(9000): 4.0}
+    assert plays.by_bin() == {play_bin(1000): 2.0, play_bin(9000): 4.0}
     assert population.percentile(4, 500) == (0.0, 6.0)
     assert population.percentile(4, 1000) == (1 / 6, 6.0)
     assert population.percentile(4, 9000) == ((2 + 2) / 6, 6.0)
@@ -325,7 +325,8 @@ def test_a_shape_restored_from_its_changelog_gives_the_same_samples() -> None:
         got += [restored.shape(joined) for joined in requests[first : first + 37]]
         changes: list[Shaping] = restored.take_changes()
         state.apply(
-            LogRecord(SHAPING, offset + at, encode(change)) for at, change in enumerate(changes)
+            LogRecord(SHAPING, offset + at, encode(change), shaping_key(change).encode())
+            for at, change in enumerate(changes)
         )
         offset += len(changes)
     assert [encode(sample) for sample in got] == [encode(sample) for sample in expected]

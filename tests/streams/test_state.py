@@ -29,7 +29,7 @@ def sample(request: str, time_ms: int) -> Sample:
 
 
 def closing(request: str, time_ms: int, offset: int = 0) -> LogRecord:
-    return LogRecord(SAMPLES, offset, encode(sample(request, time_ms)))
+    return LogRecord(SAMPLES, offset, encode(sample(request, time_ms)), b"user")
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -58,10 +58,10 @@ def test_records_are_taken_with_their_positions(kv: Kv) -> None:
     state.apply(
         [
             *(
-                LogRecord(SHAPING, offset, encode(one))
+                LogRecord(SHAPING, offset, encode(one), shaping_key(one).encode())
                 for offset, one in ((4, user), (5, bucket), (6, quantile), (9, late))
             ),
-            LogRecord(HISTORIES, 2, encode(history)),
+            LogRecord(HISTORIES, 2, encode(history), b"u"),
             closing("r", T0, offset=40),
         ]
     )
@@ -79,10 +79,10 @@ def test_a_later_record_replaces_and_one_without_a_value_deletes(kv: Kv) -> None
     state = PartitionState(kv)
     for offset, plays in enumerate(({1: [(1, 1)]}, {2: [(2, 2)]})):
         one = UserShaping(arm="a", user="u", plays=plays)
-        state.apply([LogRecord(SHAPING, offset, encode(one))])
+        state.apply([LogRecord(SHAPING, offset, encode(one), shaping_key(one).encode())])
     assert state.plays("a", "u") == {2: [(2, 2)]}
     late = LateStart(offset=1, start_ms=5)
-    state.apply([LogRecord(SHAPING, 2, encode(late))])
+    state.apply([LogRecord(SHAPING, 2, encode(late), shaping_key(late).encode())])
     state.apply([LogRecord(SHAPING, 3, None, late_key(1).encode())])
     assert state.late_starts() == {}
     assert state.position(SHAPING) == 4
