@@ -99,7 +99,7 @@ def exact_cuts(
 
     The prior is the streams' own, as points in the middle of its bins.
     """
-    prior = RunningQuantile(memory).weights
+    prior = np.array(RunningQuantile(memory).weights)
     points = (np.arange(len(prior)) + 0.5) / len(prior)
     every = np.concatenate([points, values_N])
     order = np.argsort(every, kind="stable")

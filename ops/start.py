@@ -5,7 +5,7 @@ catalogue, and what `histories` and `shaping` begin with; the last two may be em
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from storage.checkpoints import write_atomically
 from streams.clients import producer, records
 from streams.control import CONTROL_ARM, DEFAULT_SHARES
 from streams.events import Command, History, Shaping, Upsert, encode
+from streams.history import PackedHistory
 from streams.intake import partition_of
 from streams.settings import KafkaSettings
 from streams.state import shaping_key
@@ -76,7 +77,7 @@ def write(
     folder: Path,
     checkpoint: bytes,
     catalogue: list[Upsert],
-    histories: list[History],
+    histories: Sequence[History | PackedHistory],
     shaping: list[PlacedShaping],
 ) -> Start:
     """Write a start; the policy last, so that a folder cut short is noticed."""

@@ -26,7 +26,6 @@ from streams.events import (
     ACTION_BITS,
     Behaviour,
     Exposure,
-    History,
     PositionOutcome,
     Sample,
     Shaping,
@@ -34,6 +33,7 @@ from streams.events import (
     Upsert,
     encode,
 )
+from streams.history import PackedHistory
 from streams.intake import partition_of
 from streams.join import Joined
 from streams.partition import Partition
@@ -53,7 +53,7 @@ Tell = Callable[[str, int, int], None]
 class Seeds:
     """What one partition's `histories` and `shaping` begin with."""
 
-    histories: list[History]
+    histories: list[PackedHistory]
     shaping: list[Shaping]
 
 

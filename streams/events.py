@@ -167,7 +167,7 @@ class Sample(msgspec.Struct, tag_field="type", tag="sample", kw_only=True):
     feedback_upto: int
 
 
-class Behaviour(msgspec.Struct, kw_only=True):
+class Behaviour(msgspec.Struct, kw_only=True, gc=False):
     """One finished play of a user."""
 
     request: str

@@ -30,6 +30,9 @@ MAX_ID = 256
 """Characters of an id."""
 MAX_LOGP = 1e-3
 """A log-probability may be above 0 by what float32 rounds, not more."""
+_LOWEST = -math.inf
+_U16 = 1 << 16
+_U32 = 1 << 32
 
 
 @lru_cache(maxsize=1 << 16)
@@ -50,9 +53,15 @@ class Intake:
         """Read one record of `exposures`; raises `UnreadableError`."""
         _fits(value)
         event = decode(exposure_decoder, value)
-        self._time(event.time_ms, record_ms)
-        if isinstance(event, Exposure):
-            _ids(request=event.request, user=event.user, arm=event.arm)
+        if not 0 <= event.time_ms <= record_ms + self._max_skew_ms:
+            self._time(event.time_ms, record_ms)
+        if type(event) is Exposure:
+            if not (
+                0 < len(event.request) <= MAX_ID
+                and 0 < len(event.user) <= MAX_ID
+                and 0 < len(event.arm) <= MAX_ID
+            ):
+                _ids(request=event.request, user=event.user, arm=event.arm)
             self._place(event.user)
             _shape_of(event)
         return event
@@ -61,8 +70,9 @@ class Intake:
         """Read one record of `feedback`; raises `UnreadableError`."""
         _fits(value)
         event = decode(feedback_decoder, value)
-        self._time(event.time_ms, record_ms)
-        if isinstance(event, Feedback):
+        if not 0 <= event.time_ms <= record_ms + self._max_skew_ms:
+            self._time(event.time_ms, record_ms)
+        if type(event) is Feedback:
             if not (
                 0 < len(event.event) <= MAX_ID
                 and 0 < len(event.request) <= MAX_ID
@@ -70,7 +80,7 @@ class Intake:
             ):
                 _ids(event=event.event, request=event.request, user=event.user)
             self._place(event.user)
-            if not 0 <= event.play_ms < 1 << 32:
+            if not 0 <= event.play_ms < _U32:
                 raise UnreadableError("bad_value", f"play_ms is {event.play_ms}, allowed 0..2^32-1")
             if event.position < 0 and event.kind != "left":
                 raise UnreadableError("bad_value", f"kind {event.kind} needs a position >= 0")
@@ -98,7 +108,7 @@ def _fits(value: bytes | None) -> None:
 
 def _ids(**ids: str) -> None:
     for name, text in ids.items():
-        if not 0 < len(text) <= MAX_ID:
+        if not text or len(text) > MAX_ID:
             raise UnreadableError(
                 "bad_value", f"{name} has {len(text)} characters, allowed 1..{MAX_ID}"
             )
@@ -128,21 +138,20 @@ def _shape_of(exposure: Exposure) -> None:
 
 def _sound(item: ShownItem) -> bool:
     """All that `_explain` would complain of, at once: most of an exposure's checks are these."""
-    first, second, third = item.sid
-    logp = item.logp_levels
-    return (
+    a, b, c = item.sid
+    if not (
         0 < len(item.item) <= MAX_ID
         and item.position >= 0
-        and 0 <= item.duration_ms < 1 << 32
-        and 0 <= first < 1 << 16
-        and 0 <= second < 1 << 16
-        and 0 <= third < 1 << 16
-        and (
-            item.source != "policy"
-            if logp is None
-            else -math.inf < min(logp) and max(logp) <= MAX_LOGP and not any(map(math.isnan, logp))
-        )
-    )
+        and 0 <= item.duration_ms < _U32
+        and 0 <= a < _U16
+        and 0 <= b < _U16
+        and 0 <= c < _U16
+    ):
+        return False
+    if item.logp_levels is None:
+        return item.source != "policy"
+    x, y, z = item.logp_levels
+    return _LOWEST < x <= MAX_LOGP and _LOWEST < y <= MAX_LOGP and _LOWEST < z <= MAX_LOGP
 
 
 def _explain(item: ShownItem) -> None:
@@ -151,11 +160,11 @@ def _explain(item: ShownItem) -> None:
     where = f"of item {item.item!r}"
     if item.position < 0:
         raise UnreadableError("bad_value", f"position {where} is {item.position}, allowed >= 0")
-    if not 0 <= item.duration_ms < 1 << 32:
+    if not 0 <= item.duration_ms < _U32:
         raise UnreadableError(
             "bad_value", f"duration_ms {where} is {item.duration_ms}, allowed 0..2^32-1"
         )
-    if not all(0 <= code < 1 << 16 for code in item.sid):
+    if not all(0 <= code < _U16 for code in item.sid):
         raise UnreadableError("bad_value", f"sid {where} is {item.sid}, allowed 0..65535 each")
     logp = item.logp_levels
     if logp is None:

@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 import msgspec
 
 from streams.events import (
-    Behaviour,
     Exposure,
     Feedback,
-    History,
     LateStart,
     Sample,
     Shaping,
     encode,
 )
+from streams.history import PackedHistory, grown
 from streams.join import Join, Joined
 from streams.sequence import Sequence, joined_of
 from streams.settings import JoinSettings, ShapeSettings, StreamsSettings
@@ -42,7 +41,7 @@ class Output:
     """What one batch of input brought about, to be committed together."""
 
     samples: list[Sample] = field(default_factory=list)
-    histories: list[History] = field(default_factory=list)
+    histories: list[PackedHistory] = field(default_factory=list)
     shaping: list[Shaping] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     """Keys of `shaping` that are no longer needed: starts of late exposures, requests that waited."""
@@ -83,7 +82,7 @@ class Partition:
         self._settings = streams
         self._state = state
         self._samples: list[Sample] = []
-        self._histories: dict[str, History] = {}
+        self._histories: dict[str, PackedHistory] = {}
         self._late_starts = state.late_starts()
         self._held = state.held()
         if self._held and self._sequence is None:
@@ -175,34 +174,15 @@ class Partition:
         for one in joined:
             sample = self.shape.shape(one)
             self._samples.append(sample)
-            self._histories[sample.user] = self._history(sample, one)
+            user = sample.user
+            self._histories[user] = grown(
+                self._histories.get(user) or self._state.history(user),
+                sample,
+                one,
+                self._settings.history_behaviours,
+                self._settings.history_shown,
+            )
 
     def _is_closed(self, request: str) -> bool:
         waits = self._sequence is not None and request in self._sequence
         return waits or self._state.is_closed(request)
-
-    def _history(self, sample: Sample, joined: Joined) -> History:
-        """The user's history with this request: its final plays, and what was shown."""
-        before = self._histories.get(sample.user) or self._state.history(sample.user)
-        behaviours = list(before.behaviours) if before else []
-        behaviours += [
-            Behaviour(
-                request=sample.request,
-                position=item.position,
-                item=item.item,
-                end_ms=joined.decision.positions[item.position].last_ms,
-                play_ms=item.play_ms,
-                duration_ms=item.duration_ms,
-                actions=item.actions,
-            )
-            for item in sample.items
-            if item.outcome not in ("unseen", "censored")
-        ]
-        behaviours.sort(key=lambda behaviour: behaviour.end_ms)
-        shown = list(before.shown) if before else []
-        shown += [item.item for item in sample.items]
-        return History(
-            user=sample.user,
-            behaviours=behaviours[-self._settings.history_behaviours :],
-            shown=shown[max(0, len(shown) - self._settings.history_shown) :],
-        )

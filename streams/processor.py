@@ -191,9 +191,10 @@ class PartitionProcessor:
         inputs: Inputs[ConsumerRecord] = Inputs()
         while True:
             await self._read(consumer, inputs)
-            for record in inputs.take():
+            records = inputs.take()
+            moved = moved or bool(records)
+            for record in records:
                 self._take(core, record, dead)
-                moved = True
             output = core.take()
             now = time.monotonic()
             if not output.empty or dead or (moved and now - committed > COMMIT_IDLE_S):

@@ -17,11 +17,11 @@ bins of percentiles.
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streams.events import (
     ACTION_BITS,
@@ -38,6 +38,7 @@ from streams.join import Joined
 from streams.settings import ShapeSettings
 
 QUANTILE_BINS = 256
+_BLOCK = 16
 _PRIOR_WEIGHT = 64.0  # a uniform prior: the first cut is the quantile itself, and fades
 _RESCALE_AT = 1e12
 _LOG_PLAY_BIN = math.log(1.07)
@@ -57,34 +58,52 @@ def play_bin(play_ms: int) -> int:
     return int(math.log1p(play_ms / 100.0) / _LOG_PLAY_BIN)
 
 
-@dataclass
 class RunningQuantile:
-    """Quantiles of a stream of numbers in [0, 1] in constant memory, older ones fading exponentially."""
+    """Quantiles of a stream of numbers in [0, 1] in constant memory, older ones fading exponentially.
 
-    memory: int
-    weights: NDArray[np.float64] = field(
-        default_factory=lambda: np.full(QUANTILE_BINS, _PRIOR_WEIGHT / QUANTILE_BINS)
-    )
-    weight: float = 1.0
+    `weights` are those of `QUANTILE_BINS` bins, `weight` that of the next number. The sums of blocks of bins are kept
+    beside them, each always summed anew: so they are the same whether they grew or were restored.
+    """
+
+    def __init__(
+        self, memory: int, weights: Sequence[float] | None = None, weight: float = 1.0
+    ) -> None:
+        self.weight = weight
+        self._growth = 1.0 + 1.0 / memory
+        self._set(weights or [_PRIOR_WEIGHT / QUANTILE_BINS] * QUANTILE_BINS)
 
     def add(self, value: float) -> None:
         """Later values weigh more by a factor, which is the same as letting earlier ones fade."""
-        self.weights[min(QUANTILE_BINS - 1, int(value * QUANTILE_BINS))] += self.weight
-        self.weight *= 1.0 + 1.0 / self.memory
+        number = min(QUANTILE_BINS - 1, int(value * QUANTILE_BINS))
+        self.weights[number] += self.weight
+        block = number // _BLOCK
+        self._blocks[block] = sum(self.weights[block * _BLOCK : (block + 1) * _BLOCK])
+        self.weight *= self._growth
         if self.weight > _RESCALE_AT:
-            self.weights /= self.weight
+            self._set([weight / self.weight for weight in self.weights])
             self.weight = 1.0
 
     def at(self, *quantiles: float) -> list[float]:
         """For each quantile the value below which so much of the weight lies, linear within a bin."""
-        cumulative = self.weights.cumsum()
+        upto_block = list(accumulate(self._blocks))
         found = []
         for quantile in quantiles:
-            target = quantile * float(cumulative[-1])
-            index = int(cumulative.searchsorted(target))
-            below = float(cumulative[index - 1]) if index else 0.0
-            found.append((index + (target - below) / float(self.weights[index])) / QUANTILE_BINS)
+            target = quantile * upto_block[-1]
+            block = bisect_left(upto_block, target)
+            below = upto_block[block - 1] if block else 0.0
+            number = block * _BLOCK
+            while below + self.weights[number] < target and (number + 1) % _BLOCK:
+                below += self.weights[number]
+                number += 1
+            share = min(1.0, (target - below) / self.weights[number])
+            found.append((number + share) / QUANTILE_BINS)
         return found
+
+    def _set(self, weights: Sequence[float]) -> None:
+        self.weights = list(weights)
+        self._blocks = [
+            sum(self.weights[first : first + _BLOCK]) for first in range(0, QUANTILE_BINS, _BLOCK)
+        ]
 
 
 class Histogram:
@@ -158,9 +177,9 @@ class Shape:
         if isinstance(state, BucketShaping):
             self._population(state.arm).buckets[state.bucket] = Histogram(state.counts)
         elif isinstance(state, QuantileShaping):
-            quantile = self._population(state.arm).quantile
-            quantile.weights = np.frombuffer(state.weights, dtype="<f8").copy()
-            quantile.weight = state.weight
+            weights = np.frombuffer(state.weights, dtype="<f8").tolist()
+            quantile = RunningQuantile(self.settings.threshold_memory, weights, state.weight)
+            self._population(state.arm).quantile = quantile
 
     def shape(self, joined: Joined) -> Sample:
         """Judge one closed request and let it enter the state."""
@@ -221,7 +240,7 @@ class Shape:
         ]
         for arm in sorted(self._changed_arms):
             quantile = self.populations[arm].quantile
-            packed = quantile.weights.astype("<f8").tobytes()
+            packed = np.array(quantile.weights, dtype="<f8").tobytes()
             changes.append(QuantileShaping(arm=arm, weights=packed, weight=quantile.weight))
         self._users.clear()
         self._changed_buckets.clear()

@@ -14,7 +14,6 @@ from storage.kv import Kv
 from streams.events import (
     BucketShaping,
     Held,
-    History,
     LateStart,
     QuantileShaping,
     Shaping,
@@ -24,6 +23,7 @@ from streams.events import (
     sample_decoder,
     shaping_decoder,
 )
+from streams.history import PackedHistory, packed_history_decoder
 from streams.shape import UserPlays
 from streams.topics import HISTORIES, SAMPLES, SHAPING
 
@@ -150,10 +150,10 @@ class PartitionState:
             found[state.offset] = state
         return found
 
-    def history(self, user: str) -> History | None:
+    def history(self, user: str) -> PackedHistory | None:
         """A user's committed history."""
         value = self._kv.get(b"h" + user.encode())
-        return decode(history_decoder, value) if value else None
+        return decode(packed_history_decoder, value) if value else None
 
     def is_closed(self, request: str) -> bool:
         """Whether a committed sample closed this request."""

@@ -145,7 +145,7 @@ def test_the_exact_cut_is_the_faded_quantile_of_all_that_was_learned() -> None:
     rng = np.random.default_rng(5)
     values, learned = rng.random(300), rng.random(300) < 0.9
     cuts = exact_cuts(values, learned, 0.75, memory=50)
-    prior = RunningQuantile(50).weights
+    prior = np.array(RunningQuantile(50).weights)
     points = (np.arange(len(prior)) + 0.5) / len(prior)
     for n in (0, 1, 40, 299):
         before = learned[:n]

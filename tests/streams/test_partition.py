@@ -21,6 +21,7 @@ from streams.events import (
     history_decoder,
     shaping_decoder,
 )
+from streams.history import PackedHistory
 from streams.open_requests import OFFSET_BLOCK
 from streams.partition import OffsetNote, Partition
 from streams.reference import Rules, verdict
@@ -220,7 +221,7 @@ def test_nothing_to_commit_is_said_so() -> None:
     partition.tick(FAR, True, 0)
     partition.tick(FAR, False, 0)
     output = partition.take()
-    assert [type(one) for one in (*output.samples, *output.histories)] == [Sample, History]
+    assert [type(one) for one in (*output.samples, *output.histories)] == [Sample, PackedHistory]
     assert partition.take().empty
 
 

@@ -14,7 +14,9 @@ from streams.events import (
     Sample,
     Shaping,
     UserShaping,
+    decode,
     encode,
+    history_decoder,
 )
 from streams.state import CHANGELOGS, LogRecord, PartitionState, late_key, shaping_key
 from streams.topics import HISTORIES, SAMPLES, SHAPING
@@ -69,7 +71,8 @@ def test_records_are_taken_with_their_positions(kv: Kv) -> None:
     assert state.plays("learning", "u/ü") == {3: [(5, 7)]}
     assert state.plays("control", "u/ü") is None
     assert list(state.populations()) == [bucket, quantile]
-    assert state.history("u") == history
+    packed = state.history("u")
+    assert packed is not None and decode(history_decoder, encode(packed)) == history
     assert state.late_starts() == {17: T0}
     assert state.is_closed("r")
     assert not state.is_closed("s")
