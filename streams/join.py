@@ -28,7 +28,7 @@ from streams.events import PLAY_KINDS, Exposure, Feedback
 from streams.open_requests import OffsetFloor, OpenRequest, OpenRequests
 from streams.settings import JoinSettings
 
-HOT_REQUESTS: Final = 2000
+HOT_REQUESTS: Final = 1000
 """Open requests of a partition held in memory; the others are on local disk."""
 
 

@@ -96,7 +96,9 @@ class Partition:
 
     def feed(self, feedback: Feedback, offset: int, record_ms: int) -> None:
         """One feedback event, in log order."""
-        self.admit(self.join.feed(feedback, offset, record_ms))
+        joined = self.join.feed(feedback, offset, record_ms)
+        if joined or self._sequence is not None:  # most events close nothing
+            self.admit(joined)
 
     def tick(self, time_ms: int, on_exposures: bool, record_ms: int) -> None:
         """One tick, in log order."""
@@ -165,8 +167,6 @@ class Partition:
 
     def admit(self, joined: list[Joined]) -> None:
         """Requests that are decided: by this join, or before the loop began (a log to start from)."""
-        if not joined and self._sequence is None:
-            return
         if self._sequence is not None:
             self._sequence.hold(joined)
             before_ms = self.join.watermark_ms - self.join.times.lateness

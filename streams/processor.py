@@ -105,6 +105,7 @@ class PartitionProcessor:
             auto_offset_reset="none",
             isolation_level="read_committed",
             fetch_max_wait_ms=self._streams.batch_ms,
+            max_partition_fetch_bytes=2 << 20,
             max_poll_records=self._streams.batch_records,
         )
         async with AsyncExitStack() as stack:
