@@ -23,7 +23,7 @@ from rich.console import Console
 from ops.account import Standing, committed, event_of
 from ops.cluster import visited
 from ops.config import Config
-from ops.results import Check, exit_status, print_results, write_results
+from ops.results import Check, report
 from streams.audit import Entry, Findings, PartitionLogs, audit
 from streams.clients import consumer, read, records
 from streams.events import (
@@ -210,7 +210,4 @@ def run(config: Config, span: Range, json: Path | None) -> int:
         journal = journals(config.kafka)
     results = {**figures(found), "journal": journal}
     held_to = checks(found, journal)
-    print_results(results, held_to, console)
-    if json is not None:
-        write_results(json, "dwell audit samples", config, [], results, held_to)
-    return exit_status(held_to)
+    return report("dwell audit samples", config, [], results, held_to, json, console)

@@ -38,7 +38,7 @@ from ops.kills_insights import caught_up
 from ops.kills_parts import taken
 from ops.kills_plan import JOIN
 from ops.kills_watch import Flow, Part
-from ops.results import Check, exit_status, print_results, write_results
+from ops.results import Check, report
 from ops.roles import write_config
 from streams.audit import Findings
 from streams.settings import KafkaSettings
@@ -231,10 +231,7 @@ def run(config: Config, kills: int, seed: int, json: Path | None) -> int:
         found = audit_samples(cluster.config)
     results = {**results_of(bench, found, requests), "insights": insights}
     checks = checks_of(results)
-    print_results(results, checks, console)
-    if json is not None:
-        write_results(json, "dwell bench kills", config, [seed], results, checks)
-    return exit_status(checks)
+    return report("dwell bench kills", config, [seed], results, checks, json, console)
 
 
 def results_of(bench: Bench, found: Findings, requests: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ops.config import Config
 from ops.errors import UserError
 from ops.feedlog import EXPOSED, classify, open_log
 from ops.log_requests import Requests
-from ops.results import Check, exit_status, print_results, write_results
+from ops.results import Check, report
 from ops.shaping_fold import videos_of
 from ops.streams_worker import Worker, Writer, all_read, empty_cluster, until
 from streams.clients import records
@@ -106,7 +106,4 @@ def run(
         results[order] = found
         same = found["straight"] == found["shuffled"]
         checks.append(Check(f"{order}.same", same, "yes", same))
-    print_results(results, checks, console)
-    if json_path is not None:
-        write_results(json_path, "dwell eval order", config, [seed], results, checks)
-    return exit_status(checks)
+    return report("dwell eval order", config, [seed], results, checks, json_path, console)

@@ -114,6 +114,22 @@ def print_results(
         console.print(table)
 
 
+def report(
+    command: str,
+    config: Config,
+    seeds: Sequence[int],
+    results: Mapping[str, object],
+    checks: Sequence[Check],
+    json: Path | None,
+    console: Console | None = None,
+) -> int:
+    """How a command of evidence ends: print, write where a file was asked for, and return the exit status."""
+    print_results(results, checks, console)
+    if json is not None:
+        write_results(json, command, config, seeds, results, checks)
+    return exit_status(checks)
+
+
 def dwell_version() -> str:
     """The version of the installed distribution."""
     try:

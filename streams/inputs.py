@@ -19,8 +19,13 @@ _TIMESTAMP: Final = attrgetter("timestamp")
 class Stamped(Protocol):
     """A record of Kafka."""
 
-    timestamp: Any
-    offset: Any
+    @property
+    def timestamp(self) -> Any:
+        """When it was written, ms."""
+
+    @property
+    def offset(self) -> Any:
+        """Its place in the log."""
 
 
 R = TypeVar("R", bound=Stamped)

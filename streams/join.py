@@ -50,7 +50,8 @@ class Join:
     `is_closed` answers for requests closed before the last commit; the core itself remembers those closed since
     (`closed`, taken by the shell at each commit). Offsets of each input must ascend.
     `late_changes` has the starts of exposures that came late, by offset, None once closed: replaying the inputs
-    cannot tell them, so the shell commits them too.
+    cannot tell them, so the shell commits them too. `late` has feedback that came after its request was closed, if
+    the settings want it kept.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Join:
         self.counts: Counter[str] = Counter()
         self.closed: dict[str, int] = {}
         self.late_changes: dict[int, int | None] = {}
+        self.late: list[Feedback] = []
         self._is_closed = is_closed
         self._requests = OpenRequests(kv or MemoryKv(), most_hot)
+        self._keep_late = settings.late == "side"
         self._most_exposed = settings.max_open
         self._exposed = 0
         self._starts: list[tuple[int, str]] | None = [] if settings.order == "exposure" else None
@@ -160,6 +163,8 @@ class Join:
         request = self._requests.get(name)
         if request is None and self._known(name):
             self.counts["late_feedback"] += 1
+            if self._keep_late:
+                self.late.append(feedback)
         elif request is not None and feedback.event in request.ids:
             self.counts["duplicate_feedback"] += 1
         else:

@@ -45,6 +45,8 @@ class Output:
     shaping: list[Shaping] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     """Keys of `shaping` that are no longer needed: starts of late exposures, requests that waited."""
+    late: list[Feedback] = field(default_factory=list)
+    """Feedback that came after its request was closed, where `join.late` is `side`."""
 
     def records(self) -> list[tuple[str, list[tuple[bytes, bytes | None]]]]:
         """What to append to each changelog: keys and values, in order."""
@@ -63,7 +65,7 @@ class Output:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to commit but offsets."""
-        return not (self.samples or self.histories or self.shaping or self.forgotten)
+        return not (self.samples or self.histories or self.shaping or self.forgotten or self.late)
 
 
 class Partition:
@@ -124,8 +126,9 @@ class Partition:
             list(self._histories.values()),
             [*self.shape.take_changes(), *changes],
             forgotten,
+            self.join.late,
         )
-        self._samples, self._histories = [], {}
+        self._samples, self._histories, self.join.late = [], {}, []
         self.join.closed.clear()
         self.join.settle()
         late.clear()
@@ -164,6 +167,7 @@ class Partition:
         self.join.feedback_ms = note.feedback_ms
         self.join.feedback_upto = feedback_upto
         self.join.counts.clear()
+        self.join.late.clear()
 
     def admit(self, joined: list[Joined]) -> None:
         """Requests that are decided: by this join, or before the loop began (a log to start from)."""

@@ -37,6 +37,7 @@ from streams.topics import (
     DEAD_LETTERS,
     EXPOSURES,
     FEEDBACK,
+    LATE_FEEDBACK,
     STREAMS_GROUP,
 )
 
@@ -278,6 +279,8 @@ class PartitionProcessor:
             (topic, pairs, await send_all(producer, topic, self._number, pairs))
             for topic, pairs in output.records()
         ]
+        late = [(feedback.user.encode(), encode(feedback)) for feedback in output.late]
+        await send_all(producer, LATE_FEEDBACK, self._number, late)
         for letter in dead:
             await producer.send(DEAD_LETTERS, encode(letter), letter.key)
         exposures_upto, feedback_upto = standing

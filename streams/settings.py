@@ -47,6 +47,8 @@ class JoinSettings:
     """A play without an event for this long is final at what was played."""
     lateness_s: NotNegative = 10.0
     """How far behind the watermark an event may arrive and still count."""
+    late: Literal["count", "side"] = "count"
+    """Feedback whose request is closed: only counted, or also put on the topic `feedback.late`."""
     order: Literal["closing", "exposure"] = "closing"
     """When a sample is made: once its request is closed, or once all older ones of its partition are closed too."""
     max_skew_s: NotNegative = 5.0

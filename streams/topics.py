@@ -11,6 +11,7 @@ from streams.settings import KafkaSettings
 
 EXPOSURES: Final = "exposures"
 FEEDBACK: Final = "feedback"
+LATE_FEEDBACK: Final = "feedback.late"
 SAMPLES: Final = "samples"
 HISTORIES: Final = "histories"
 SHAPING: Final = "shaping"
@@ -47,6 +48,7 @@ def topics(kafka: KafkaSettings) -> list[Topic]:
     return [
         Topic(EXPOSURES, users, by_time),
         Topic(FEEDBACK, users, by_time),
+        Topic(LATE_FEEDBACK, users, by_time),
         Topic(SAMPLES, users, by_time),
         Topic(HISTORIES, users, compact),
         Topic(SHAPING, users, compact),

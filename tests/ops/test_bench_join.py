@@ -37,5 +37,5 @@ def test_a_small_run_counts_every_sample(tmp_path: Path) -> None:
     results = json.loads(out.read_text())["results"]
     assert results["workers_1"]["samples"] == results["workers_2"]["samples"] == 500
     assert results["ratio_to_faust_table"] > 3
-    assert [each["open"] for each in results["waiting"]] == [200, 2000]
-    assert all(each["recovery_s"] < 60 for each in results["waiting"])
+    assert list(results["waiting"]) == ["200", "2000"]
+    assert all(each["recovery_s"] < 60 for each in results["waiting"].values())

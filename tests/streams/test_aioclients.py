@@ -6,9 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from aiokafka import AIOKafkaProducer
 
-from streams.aioclients import begin, leave
+from streams.aioclients import begin, leave, offsets, send_all
+from streams.clients import records
 from streams.settings import KafkaSettings
+from streams.topics import SAMPLES
 from tests.streams.live import running
 
 
@@ -62,3 +65,26 @@ async def test_cancelled_at_any_moment_of_its_start_a_processor_ends(
             await asyncio.sleep(0.015 * moment)
             cancelled = time.monotonic()
         assert time.monotonic() - cancelled < 5
+
+
+async def test_records_sent_as_batches_have_the_offsets_that_are_told(
+    kafka: KafkaSettings, partition: int
+) -> None:
+    """Also where they need several batches, and one record is longer than a batch."""
+    pairs: list[tuple[bytes, bytes | None]] = [
+        (b"%d" % number, b"x" * (40_000 if number % 50 == 7 else number)) for number in range(400)
+    ]
+    pairs[3] = (b"3", None)
+    producer = AIOKafkaProducer(
+        bootstrap_servers=kafka.bootstrap, max_batch_size=16_384, linger_ms=0
+    )
+    await producer.start()
+    try:
+        sent = await send_all(producer, SAMPLES, partition, pairs)
+        await producer.flush()
+    finally:
+        await producer.stop()
+    assert len(sent) > 8
+    by_offset = {record.offset: record for record in records(kafka.bootstrap, SAMPLES, partition)}
+    found = [by_offset[offset] for offset in offsets(sent)]
+    assert [(record.key, record.value) for record in found] == pairs

@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from streams.partition import OffsetNote
 from streams.readback import LogGapError, OwnershipLostError, Standing, StreamsError, standing
 from streams.settings import JoinSettings, KafkaSettings, StreamsSettings
 from streams.state import CHANGELOGS, LogRecord, PartitionState
-from streams.topics import EXPOSURES, FEEDBACK, HISTORIES, STREAMS_GROUP
+from streams.topics import EXPOSURES, FEEDBACK, HISTORIES, LATE_FEEDBACK, STREAMS_GROUP
 from tests.streams.live import (
     LONG,
     NO_TICKS,
@@ -392,6 +393,27 @@ async def test_what_cannot_be_read_in_a_changelog_is_an_error_that_says_where(
     work = run(kafka, LONG, NO_TICKS, tmp_path, partition)
     with pytest.raises(StreamsError, match=f"histories partition {partition}: unknown_major"):
         await asyncio.wait_for(work, 30)
+
+
+@pytest.mark.parametrize("late", ["count", "side"])
+async def test_late_feedback_goes_to_a_topic_of_its_own_where_that_is_wanted(
+    kafka: KafkaSettings, partition: int, users: list[str], tmp_path: Path, late: Any
+) -> None:
+    feed = Feed("watched", users[0])
+    end, after = feed("end", 0, 5, play_ms=5), feed("like", 0, 6)
+    arrivals: list[Arrived] = [exposure("watched", T0, 1, user=users[0]), end, FAR, after]
+    async with (
+        writer(kafka) as producer,
+        running(kafka, partition, tmp_path, replace(LONG, late=late)),
+    ):
+        await write(producer, partition, arrivals)
+        await sampled(kafka, partition, 1)
+        await write(
+            producer, partition, [exposure("next", FAR + 1, 1, user=users[0]), 2 * FAR - T0]
+        )
+        await sampled(kafka, partition, 2)
+    found = records(kafka.bootstrap, LATE_FEEDBACK, partition)
+    assert [record.value for record in found] == ([encode(after)] if late == "side" else [])
 
 
 async def test_ticks_close_what_an_idle_partition_holds(
