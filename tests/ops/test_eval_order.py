@@ -6,9 +6,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ops.eval_order import shuffled
+from ops.eval_order import Made, difference, shuffled
 from streams.events import Exposure, Feedback
 from tests.ops.small_log import write_log
 from tests.streams.makers import T0, exposure
@@ -30,6 +31,23 @@ def test_every_event_comes_twice_within_the_lateness_and_not_in_order() -> None:
     assert said == shuffled(events(), 200.0, seed=1) != shuffled(events(), 200.0, seed=2)
 
 
+def test_the_difference_of_two_orders_is_that_of_their_labels() -> None:
+    def with_labels(*labels: tuple[float, int | None]) -> Made:
+        return Made("", len(labels), np.zeros(1), {f"r{n}": [one] for n, one in enumerate(labels)})
+
+    found = difference(with_labels((0.5, 0), (0.9, 1)), with_labels((0.4, 0), (0.7, 0)))
+    assert found == pytest.approx(
+        {
+            "judged": 2,
+            "other_advantage": 0.5,
+            "positives_closing": 0.5,
+            "positives_exposure": 0,
+            "percentile_bias": 0.15,
+            "percentile_shift": 0.15,
+        }
+    )
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_small_log_makes_the_same_samples(tmp_path: Path) -> None:
@@ -48,4 +66,7 @@ def test_a_small_log_makes_the_same_samples(tmp_path: Path) -> None:
     assert results["twice"] == 2 * results["events"]
     for order in ("exposure", "closing"):
         assert results[order]["straight"] == results[order]["shuffled"]
-    assert results["exposure"] != results["closing"]
+    assert results["exposure"]["straight"] != results["closing"]["straight"]
+    assert results["closing"]["wait"] == {"mean_s": 0, "p99_s": 0}
+    assert results["exposure"]["wait"]["mean_s"] > 0
+    assert 0 < results["difference"]["percentile_shift"] < 0.5
