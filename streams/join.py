@@ -193,26 +193,27 @@ class Join:
 
     def _note(self, feedback: Feedback, request: OpenRequest) -> None:
         """Ask for an earlier look where the event can bring the closing forward; all others postpone it."""
-        if feedback.kind == "left":
-            self._schedule(feedback.request, request)
-        elif feedback.kind in PLAY_KINDS:
-            begun_ms = request.begun.get(feedback.position)
-            first = begun_ms is None or feedback.time_ms < begun_ms
-            if first:
-                request.begun[feedback.position] = feedback.time_ms
-            exposure = request.exposure
-            if exposure is None:
-                return
-            all_begun = len(request.begun) >= len(exposure.items)
-            if first and begun_ms is None and all_begun and feedback.kind != "end":
-                # not before this play has been silent for long enough; its `end` would ask again
-                at = max(feedback.time_ms, request.start_ms)
-                due_ms = at + self.times.abandon + self.times.lateness
-                self._requests.look_at(feedback.request, request, due_ms)
-            elif (all_begun and (first or feedback.kind == "end")) or (
-                first and begun_ms is not None  # out of order: the play began earlier
-            ):
-                self._schedule(feedback.request, request)
+        name, kind = feedback.request, feedback.kind
+        if kind == "left":
+            self._schedule(name, request)
+        if kind not in PLAY_KINDS:
+            return
+        begun_ms = request.begun.get(feedback.position)
+        first = begun_ms is None or feedback.time_ms < begun_ms
+        if first:
+            request.begun[feedback.position] = feedback.time_ms
+        elif kind != "end":
+            return
+        if request.exposure is None:
+            return
+        all_begun = len(request.begun) >= len(request.exposure.items)
+        if all_begun and begun_ms is None and kind != "end":
+            # not before this play has been silent for long enough; its `end` would ask again
+            at = max(feedback.time_ms, request.start_ms)
+            due_ms = at + self.times.abandon + self.times.lateness
+            self._requests.look_at(name, request, due_ms)
+        elif all_begun or (first and begun_ms is not None):  # the latter: it began earlier
+            self._schedule(name, request)
 
     def _schedule(self, name: str, request: OpenRequest) -> None:
         if request.exposure is not None:

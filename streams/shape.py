@@ -19,6 +19,7 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -48,6 +49,7 @@ UserPlays = dict[int, list[tuple[int, int]]]
 LoadPlays = Callable[[str, str], UserPlays | None]
 
 
+@lru_cache(maxsize=1 << 14)  # durations are the catalogue's
 def duration_bucket(duration_ms: int, base: float) -> int:
     """F(d) of the report, d in seconds."""
     return math.floor(math.log(duration_ms / 1000.0 + _EPS_S, base))
