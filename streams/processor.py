@@ -200,12 +200,12 @@ class PartitionProcessor:
             output = core.take()
             now = time.monotonic()
             if not output.empty or dead or (moved and now - committed > COMMIT_IDLE_S):
-                standing = (
+                upto = (
                     inputs.position(0, await consumer.position(self._exposures)),
                     inputs.position(1, await consumer.position(self._feedback)),
                 )
                 with COMMIT_SECONDS.time():
-                    await self._commit(core, state, standing, producer, output, dead)
+                    await self._commit(core, state, upto, producer, output, dead)
                 dead = []
                 committed, moved = now, False
                 self._instruments(core, output)
@@ -268,7 +268,7 @@ class PartitionProcessor:
         self,
         core: Partition,
         state: PartitionState,
-        standing: tuple[int, int],
+        upto: tuple[int, int],
         producer: AIOKafkaProducer,
         output: Output,
         dead: list[DeadLetter],
@@ -283,7 +283,7 @@ class PartitionProcessor:
         await send_all(producer, LATE_FEEDBACK, self._number, late)
         for letter in dead:
             await producer.send(DEAD_LETTERS, encode(letter), letter.key)
-        exposures_upto, feedback_upto = standing
+        exposures_upto, feedback_upto = upto
         note = msgspec.json.encode(core.note(exposures_upto, feedback_upto)).decode()
         await producer.send_offsets_to_transaction(
             {

@@ -42,6 +42,8 @@ def changed(value: Any) -> Any:
             return value + 1
         case "":
             return "somewhere:9092"
+        case "count":
+            return "side"
         case "closing":
             return "exposure"
         case "streams":
