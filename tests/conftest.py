@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Unclosed AIOKafkaConnection:ResourceWarning")
     for name in ("read_text", "open_text"):
         config.addinivalue_line("filterwarnings", f"ignore:{name} is deprecated:DeprecationWarning")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # a shell ignores Ctrl-C in what it starts in the background, and all that is started from there inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
