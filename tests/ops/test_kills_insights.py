@@ -13,34 +13,14 @@ from streams.events import Insight, Sample, encode
 from streams.insights import Insights
 from streams.settings import KafkaSettings
 from streams.topics import SAMPLES
+from tests.streams import makers
 
 START_MS = 1_700_000_000_000
 """Start of a window."""
 
 
 def sample(watermark_ms: int, arm: str = "control") -> Sample:
-    return Sample(
-        request="r",
-        user="u",
-        time_ms=watermark_ms - 3000,
-        arm=arm,
-        policy_version=1,
-        catalogue_version=1,
-        decode_mode="sample",
-        temperature=1.0,
-        context=b"",
-        excluded=b"",
-        items=[],
-        threshold=0.75,
-        median=0.5,
-        start_ms=watermark_ms - 3000,
-        decided_ms=watermark_ms - 1000,
-        closed_by="decided",
-        watermark_ms=watermark_ms,
-        closable_ms=watermark_ms,
-        exposure_offset=0,
-        feedback_upto=0,
-    )
+    return makers.sample(watermark_ms, arm, [])
 
 
 def insight(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from streams.events import Exposure, Feedback, FeedbackKind, ShownItem
+from streams.events import Exposure, Feedback, FeedbackKind, Sample, SampleItem, ShownItem
 
 T0 = 1_700_000_000_000
 
@@ -59,3 +59,29 @@ class Feed:
     def left(self, at: int) -> Feedback:
         """The viewer left the slate."""
         return self("left", -1, at)
+
+
+def sample(watermark_ms: int, arm: str, items: list[SampleItem]) -> Sample:
+    """A request that was decided a second before the watermark that closed it."""
+    return Sample(
+        request="r",
+        user="u",
+        time_ms=watermark_ms - 3000,
+        arm=arm,
+        policy_version=1,
+        catalogue_version=1,
+        decode_mode="sample",
+        temperature=1.0,
+        context=b"",
+        excluded=b"",
+        items=items,
+        threshold=0.75,
+        median=0.5,
+        start_ms=watermark_ms - 3000,
+        decided_ms=watermark_ms - 1000,
+        closed_by="decided",
+        watermark_ms=watermark_ms,
+        closable_ms=watermark_ms,
+        exposure_offset=0,
+        feedback_upto=0,
+    )

@@ -19,6 +19,7 @@ from streams.insights import UNREADABLE, Insights
 from streams.settings import KafkaSettings
 from streams.topics import INSIGHTS, SAMPLES, topics
 from streams.windows import standing
+from tests.streams import makers
 
 PARTITIONS = 2
 ROOT = Path(__file__).parents[2]
@@ -39,28 +40,7 @@ def sample(watermark_ms: int, arm: str) -> Sample:
         actions=0,
         advantage=1,
     )
-    return Sample(
-        request="r",
-        user="u",
-        time_ms=watermark_ms,
-        arm=arm,
-        policy_version=1,
-        catalogue_version=1,
-        decode_mode="sample",
-        temperature=1.0,
-        context=b"",
-        excluded=b"",
-        items=[shown],
-        threshold=0.75,
-        median=0.5,
-        start_ms=watermark_ms,
-        decided_ms=watermark_ms,
-        closed_by="decided",
-        watermark_ms=watermark_ms,
-        closable_ms=watermark_ms,
-        exposure_offset=0,
-        feedback_upto=0,
-    )
+    return makers.sample(watermark_ms, arm, [shown])
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from streams.events import ACTION_BITS, Insight, Outcome, Sample, SampleItem
 from streams.windows import EventClock, Windows, standing
+from tests.streams import makers
 
 WINDOW_MS = 10_000
 GRACE_MS = 5_000
@@ -36,28 +37,7 @@ def item(
 def sample(
     watermark_ms: int, arm: str = "learning", items: list[SampleItem] | None = None
 ) -> Sample:
-    return Sample(
-        request="r",
-        user="u",
-        time_ms=watermark_ms - 3000,
-        arm=arm,
-        policy_version=1,
-        catalogue_version=1,
-        decode_mode="sample",
-        temperature=1.0,
-        context=b"",
-        excluded=b"",
-        items=[item()] if items is None else items,
-        threshold=0.75,
-        median=0.5,
-        start_ms=watermark_ms - 3000,
-        decided_ms=watermark_ms - 1000,
-        closed_by="decided",
-        watermark_ms=watermark_ms,
-        closable_ms=watermark_ms,
-        exposure_offset=0,
-        feedback_upto=0,
-    )
+    return makers.sample(watermark_ms, arm, [item()] if items is None else items)
 
 
 def windows(top: int = 10) -> Windows:
