@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
+from importlib import metadata
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -108,7 +109,7 @@ class _BadBodyError(ValueError):
 
 def application(service: Service) -> FastAPI:
     """The actor's HTTP application over an open service."""
-    app = FastAPI(title="Dwell actor", version="0.1.0")
+    app = FastAPI(title="Dwell actor", version=metadata.version("dwell"))
 
     @app.post("/recommend", **_documented(Recommend, Slate))
     async def recommend(request: Request) -> Response:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from kafka import KafkaAdminClient
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import KafkaError
 
 from ops.errors import UserError
 from streams.settings import KafkaSettings
-from streams.topics import Topic, topics
+from streams.topics import SHAPING, Topic, topics
 
 CLUSTER_FILE: Final = "cluster.json"
 
@@ -144,6 +145,18 @@ def inspect_topics(bootstrap: str, kafka: KafkaSettings) -> TopicsFound:
             if found.get(topic.name, topic.partitions) != topic.partitions
         ],
     )
+
+
+def keep_changelog(kafka: KafkaSettings) -> None:
+    """Keep every record of `shaping` as long as the samples it belongs to; `UserError` if refused.
+
+    Its segments are closed after ten minutes, and what was overwritten in a closed one may be removed at any time.
+    """
+    lag = {"min.compaction.lag.ms": str(int(kafka.retention_s * 1000))}
+    with _client(kafka.bootstrap) as client:
+        done = client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, SHAPING, lag)])
+    if (answer := done["topic"][SHAPING]) != "OK":
+        raise UserError(f"The broker does not keep the topic {SHAPING} whole: {answer}.")
 
 
 @contextmanager

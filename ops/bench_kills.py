@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from kafka import KafkaAdminClient
-from kafka.admin import ConfigResource, ConfigResourceType
 from rich.console import Console
 
+from ops.admin import keep_changelog
 from ops.audit_samples import audit_samples, figures
 from ops.broker import FOLDER
 from ops.cluster import Cluster, held, open_cluster
@@ -41,8 +40,7 @@ from ops.kills_watch import Flow, Part
 from ops.results import Check, report
 from ops.roles import write_config
 from streams.audit import Findings
-from streams.settings import KafkaSettings
-from streams.topics import INSIGHTS, SAMPLES, SHAPING
+from streams.topics import INSIGHTS, SAMPLES
 
 RATE: Final = 40.0
 """Requests a second; about ten times as many events."""
@@ -181,18 +179,6 @@ class Bench:
         for name in ("consumer", "producer", "insights"):
             if hasattr(self, name):
                 getattr(self, name).end(signal.SIGTERM)
-
-
-def keep_changelog(kafka: KafkaSettings) -> None:
-    """Keep every record of `shaping` as long as the samples it belongs to.
-
-    Its segments are closed after ten minutes, and what was overwritten in a closed one may be removed at any time.
-    """
-    lag = {"min.compaction.lag.ms": str(int(kafka.retention_s * 1000))}
-    with KafkaAdminClient(bootstrap_servers=kafka.bootstrap, client_id="dwell-bench") as client:
-        done = client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, SHAPING, lag)])
-    if (answer := done["topic"][SHAPING]) != "OK":
-        raise UserError(f"the broker does not keep the topic {SHAPING} whole: {answer}.")
 
 
 def kinds_of(kills: int, seed: int) -> list[str]:

@@ -158,6 +158,13 @@ class Join:
 
     def feed(self, feedback: Feedback, offset: int, record_ms: int) -> list[Joined]:
         """Take one feedback event; returns what became closable by it."""
+        self.refeed(feedback, offset)
+        if feedback.time_ms > self.feedback_ms:
+            self.feedback_ms = feedback.time_ms
+        return self._close(record_ms)
+
+    def refeed(self, feedback: Feedback, offset: int) -> None:
+        """Take feedback again after a restart: it moves no watermark and closes nothing."""
         self.feedback_upto = offset + 1
         name = feedback.request
         request = self._requests.get(name)
@@ -176,9 +183,6 @@ class Join:
                 self._feedback_offsets.add(offset)
             request.add(feedback)
             self._note(feedback, request)
-        if feedback.time_ms > self.feedback_ms:
-            self.feedback_ms = feedback.time_ms
-        return self._close(record_ms)
 
     def tick(self, time_ms: int, on_exposures: bool, record_ms: int) -> list[Joined]:
         """A tick on one of the inputs; returns what became closable by it."""

@@ -91,18 +91,7 @@ _decoder: Final = msgspec.msgpack.Decoder(_Packed)
 
 
 def _packed(request: OpenRequest) -> bytes:
-    return _encoder.encode(
-        _Packed(
-            request.exposure,
-            request.exposure_offset,
-            request.feedback_offset,
-            request.start_ms,
-            request.late,
-            request.check_ms,
-            request.events,
-            request.begun,
-        )
-    )
+    return _encoder.encode([getattr(request, name) for name in _Packed.__struct_fields__])
 
 
 def _unpacked(value: bytes) -> OpenRequest:

@@ -2,8 +2,8 @@
 
 The transactional shell (streams/processor.py) and the serial runner feed it the same way; what a batch brought
 about is taken with `take`. After a restart the shell reads the inputs from the offsets that the last
-`OffsetNote` calls needed up to those committed, hands exposures to `reopen` and then feedback to `join.feed`, and
-calls `resume`.
+`OffsetNote` calls needed up to those committed, hands exposures to `reopen` and then feedback to `join.refeed`,
+and calls `resume`.
 """
 
 from dataclasses import dataclass, field

@@ -174,7 +174,7 @@ class PartitionProcessor:
             else:
                 feedback = self._intake.feedback(record.value, record.timestamp)
                 if not isinstance(feedback, Tick):
-                    core.join.feed(feedback, record.offset, record.timestamp)
+                    core.join.refeed(feedback, record.offset)
         except UnreadableError:
             return  # it is in dead-letters already
 

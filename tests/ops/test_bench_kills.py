@@ -14,7 +14,8 @@ import pytest
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from ops.bench_kills import KINDS, RATE, checks_of, keep_changelog, kinds_of
+from ops.admin import keep_changelog
+from ops.bench_kills import KINDS, RATE, checks_of, kinds_of
 from ops.kills_parts import TAKEN, taken
 from ops.kills_plan import LONGEST_MS, Plan
 from streams.events import Exposure

@@ -18,8 +18,9 @@ from ops.errors import UserError
 from ops.outbox import Outbox, OutboxCounts, Report
 from ops.served import Served, append_lines, encode_line, read_lines
 from ops.settings import SimulateSettings
-from ops.simulate import Counts, simulate
+from ops.simulate import simulate
 from ops.viewer import watch
+from ops.visits import Counts
 from ops.world import World
 
 PEOPLE = 40

@@ -111,7 +111,7 @@ class Shell:
                 self.partition.reopen(shown, offset, self.note)
         for offset, event in enumerate(feedback):
             if offset >= self.note.need_feedback:
-                self.partition.join.feed(event, offset, 0)
+                self.partition.join.refeed(event, offset)
         self.partition.resume(self.note, len(feedback))
 
     def offset(self, topic: str, at: int) -> int:

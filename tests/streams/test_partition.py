@@ -2,6 +2,8 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -150,6 +152,47 @@ def test_a_request_longer_open_than_ids_are_remembered_survives_a_restart() -> N
     arrivals: list[Arrived] = [exposure(), T0 + 30, FAR]
     shell = Shell(arrivals, settings).run(commits=[2], crashes=[2])
     assert len(shell.samples) == 1
+
+
+def test_a_limit_lowered_between_two_lives_closes_by_force_and_loses_nothing() -> None:
+    arrivals: list[Arrived] = [exposure(f"r{number}", T0 + number, 1) for number in range(5)]
+    arrivals += [Feed("r4")("end", 0, 6, play_ms=5), T0 + 7, FAR]
+    shell = Shell(arrivals)
+    for at in range(6):
+        shell.take(at)
+    shell.commit(6)
+    shell.join = replace(JOIN, max_open=2)
+    shell.begin()
+    assert shell.partition.join.open == 5
+    shell.take(6)
+    assert shell.partition.join.open == 2
+    shell.take(7)
+    shell.commit(8)
+    assert sorted(sample.request for sample in shell.samples) == ["r0", "r1", "r2", "r3", "r4"]
+    assert Counter(sample.closed_by for sample in shell.samples)["memory"] == 3
+
+
+@pytest.mark.parametrize("order", ["closing", "exposure"])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 30))
+def test_no_limit_set_at_any_restart_loses_or_doubles_a_request(
+    order: Literal["closing", "exposure"], seed: int
+) -> None:
+    arrivals = busy_arrivals(seed)
+    rng = random.Random(seed)
+
+    class Retuned(Shell):
+        def begin(self, wiped: bool = False) -> None:
+            self.join = replace(JOIN, order=order, max_open=rng.choice([1, 2, 5, 1000]))
+            super().begin(wiped)
+
+    crashes = places(rng, len(arrivals), 0.05)
+    shell = Retuned(arrivals).run(places(rng, len(arrivals), 0.2), crashes)
+    shown = {event.request for event in arrivals if isinstance(event, Exposure)}
+    sampled = Counter(sample.request for sample in shell.samples)
+    assert all(count == 1 for count in sampled.values())
+    assert shown - set(sampled) <= set(shell.dead)
+    assert shell.partition.join.open == 0
 
 
 def test_feedback_that_waited_in_vain_is_not_revived_by_a_restart() -> None:
