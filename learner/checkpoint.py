@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor
 
@@ -78,6 +79,17 @@ def load(path: Path, settings: LearnSettings, lr: float) -> tuple[Trainer, Progr
     except (ValueError, RuntimeError, TypeError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{path}: {_in_one_line(error)}") from None
     return trainer, progress, codebooks
+
+
+def differing(path: Path, content: bytes) -> list[str]:
+    """Names of the tensors in which a checkpoint differs from `content`; raises `CheckpointError`."""
+    ours, _ = _read(path)
+    theirs = load_tensors(content)
+    return sorted(
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:

@@ -88,7 +88,7 @@ def contexts(
     if codes_BTL.size and int(codes_BTL.max()) >= codes:
         raise ValueError(f"a context holds code {codes_BTL.max()}, the codebooks have {codes}")
     return Contexts(
-        torch.tensor([user_row(user, user_rows) for user in users]),
+        torch.tensor([user_row(user, user_rows) for user in users], dtype=torch.int64),
         torch.from_numpy(codes_BTL),
         torch.from_numpy(features_BTF),
         torch.from_numpy(present_BT),

@@ -1,10 +1,12 @@
 """Cuts the stream of samples into steps, and writes down what each step took.
 
 A step takes a prefix of what was polled, partition by partition, so every sample offset stands in exactly one
-range of the journals, with its disposition. Pure: the shell polls, waits and publishes.
+range of the journals, with its disposition. What it trains on stands in the order of the log, not of arrival: sums of
+floats depend on the order, and the ranges are all that is left of a step. Pure: the shell polls, waits and publishes.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from streams.control import LEARNING_ARM
@@ -57,37 +59,23 @@ class Journal:
         Only learning exposures with a target train; the others are accounted for.
         """
         before = dict(self.offsets)
-        chosen: list[Polled] = []
-        control = without_target = taken = 0
-        while self._waiting and taken < batch:
+        taken: list[Polled] = []
+        learning = 0
+        while self._waiting and learning < batch:
             polled = self._waiting.popleft()
+            taken.append(polled)
+            learning += _learns(polled)
             self.offsets[polled.partition] = polled.offset + 1
-            sample = polled.sample
-            if sample is None:
-                without_target += 1
-                continue
-            self.watermark_ms = max(self.watermark_ms, sample.watermark_ms)
-            if not _learns(polled):
-                control += 1
-                continue
-            self._trainable -= 1
-            taken += 1
-            if any(item.advantage or item.supervised for item in sample.items):
-                chosen.append(polled)
-            else:
-                without_target += 1
-        self.entries.append(
-            StepEntry(
-                ranges=[
-                    (partition, before.get(partition, 0), upto)
-                    for partition, upto in sorted(self.offsets.items())
-                    if upto != before.get(partition, 0)
-                ],
-                trained=len(chosen),
-                control=control,
-                without_target=without_target,
-            )
-        )
+            if polled.sample is not None:
+                self.watermark_ms = max(self.watermark_ms, polled.sample.watermark_ms)
+        self._trainable -= learning
+        chosen, entry = sort_out(taken)
+        entry.ranges = [
+            (partition, before.get(partition, 0), upto)
+            for partition, upto in sorted(self.offsets.items())
+            if upto != before.get(partition, 0)
+        ]
+        self.entries.append(entry)
         return chosen
 
     def set_aside(self, count: int) -> None:
@@ -99,6 +87,22 @@ class Journal:
         """The entries since the last publication."""
         entries, self.entries = self.entries, []
         return entries
+
+
+def sort_out(taken: Iterable[Polled]) -> tuple[list[Polled], StepEntry]:
+    """What of a step's samples trains, in the order of the log, and the disposition of all."""
+    entry = StepEntry(ranges=[], trained=0, control=0, without_target=0)
+    chosen: list[Polled] = []
+    for polled in sorted(taken, key=lambda polled: (polled.partition, polled.offset)):
+        sample = polled.sample
+        if sample is not None and not _learns(polled):
+            entry.control += 1
+        elif sample is None or not any(item.advantage or item.supervised for item in sample.items):
+            entry.without_target += 1
+        else:
+            entry.trained += 1
+            chosen.append(polled)
+    return chosen, entry
 
 
 def _learns(polled: Polled) -> bool:

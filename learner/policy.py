@@ -18,8 +18,20 @@ class PolicyError(ValueError):
 def build(preset: str, codes: int, user_rows: int) -> LazyDecoder:
     """A decoder of a preset's size; raises `PolicyError` for an unknown preset."""
     if preset not in PRESETS:
-        raise PolicyError(f"preset {preset!r} is unknown; there are: {', '.join(sorted(PRESETS))}")
+        raise PolicyError(f"preset {preset!r} is unknown; there are: {', '.join(PRESETS)}")
     return LazyDecoder(PRESETS[preset], codes, user_rows)
+
+
+def compile_blocks(model: LazyDecoder) -> LazyDecoder:
+    """The same policy with its blocks compiled, in place: faster by fusing, same state, rounding apart.
+
+    Each block by itself, so that the first of a kind is all that torch must compile, and the user table's sparse
+    gradient stays outside. Compilation happens at the first call, and again for shapes of another kind; it needs a
+    C++ compiler on CPU.
+    """
+    for block in model.blocks:
+        block.compile(dynamic=True)
+    return model
 
 
 def state_of(model: LazyDecoder) -> State:

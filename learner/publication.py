@@ -141,6 +141,18 @@ class Publisher:
         self.last = manifest
         return manifest
 
+    def created_ms(self, version: int) -> int | None:
+        """When a version was made, if it is still in the log."""
+        kept = self._kept.get(version)
+        return None if kept is None else kept.created_ms
+
+    def first_of_each(self, span_ms: int) -> set[int]:
+        """Of the versions still in the log, the first of each span of time."""
+        first: dict[int, int] = {}
+        for version, kept in sorted(self._kept.items()):
+            first.setdefault(kept.created_ms // span_ms, version)
+        return set(first.values())
+
     def close(self, patience_s: float = 5) -> None:
         """Leave; an open transaction is aborted by whoever comes next."""
         if self._producer is not None:

@@ -3,7 +3,10 @@
 Notable choices (contract of the policy, "Versions")
 - A step takes `batch` learning requests, or what is there `batch_wait_s` after the first waiting one.
 - Checkpoint n is on disk before version n's transaction. A start fences, reads the last committed version, loads
-  its checkpoint (a later one is discarded) and goes on at last + 1, from the offsets in the checkpoint.
+  its checkpoint (a later one is discarded) and goes on at last + 1, from the offsets in the checkpoint. Where that
+  one is damaged, an older one and the journals lead there (learner/recovery.py).
+- Besides the newest checkpoints, one of each quarter of `weights_horizon_s` is kept: the journals of about as long
+  can be followed again from it, by a start or by an audit.
 - Every sample is accounted for in a journal entry, the control arm's too; nothing is discarded for being stale.
 - A sample that cannot be learned from counts as without target and becomes a dead letter, in the transaction of
   the version whose journal accounts for it.
@@ -15,24 +18,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import torch
 from kafka.errors import KafkaError
 from prometheus_client import Counter, Gauge, Histogram
 
-from learner.batch import assemble, fault
-from learner.catalogue import Catalogue
+from learner.batch import fault
 from learner.checkpoint import fits, load, to_bytes
 from learner.journal import Journal, Polled
-from learner.policy import state_of
 from learner.publication import Publisher
+from learner.recovery import RecoveryError, resume
 from learner.settings import LearnSettings, PolicySettings
 from learner.source import Source, SourceError
-from learner.step import StepMetrics, Trainer
+from learner.step import StepMetrics
+from learner.update import train
+from learner.watch import Watch
 from storage.checkpoints import Checkpoints
 from streams.events import Sample
 from streams.settings import KafkaSettings
-from streams.weights import Manifest, digest_of
+from streams.weights import Manifest
 
 log = logging.getLogger("dwell.learner")
 
@@ -44,12 +49,21 @@ STALENESS = Histogram(
     "Versions between serving and learning, per trained request",
     buckets=(0, 1, 2, 4, 8, 16, 32, 64),
 )
+AGE = Histogram(
+    "dwell_learner_staleness_seconds",
+    "Publication of the version that served to learning, per trained request of a version still in the log",
+    buckets=(0.5, 1, 2, 5, 10, 20, 60, 300, 900),
+)
 STEP_SECONDS = Histogram("dwell_learner_step_seconds", "Time of one update")
 PUBLISH_SECONDS = Histogram("dwell_learner_publish_seconds", "Checkpoint and transaction")
 LAG = Histogram(
     "dwell_learner_publish_lag_seconds", "Newest watermark of a version to its publication"
 )
 TERMS = Gauge("dwell_learner_step", "Terms and figures of the last update", ["what"])
+
+
+CHECKPOINTS: Final = Path("learner") / "checkpoints"
+"""Below the data directory."""
 
 
 class LearnerError(RuntimeError):
@@ -65,7 +79,8 @@ class Learner:
         self._kafka = kafka
         self._policy = policy
         self._learn = learn
-        self._checkpoints = Checkpoints(data_dir / "learner" / "checkpoints")
+        self._watch = Watch(learn)
+        self._checkpoints = Checkpoints(data_dir / CHECKPOINTS)
         self._publisher: Publisher | None = None
         self._source: Source | None = None
         torch.set_num_threads(policy.threads)
@@ -132,7 +147,7 @@ class Learner:
             if isinstance(error, KafkaError):
                 why = " ".join(str(error).split()) or type(error).__name__
                 raise LearnerError(f"Kafka at {self._kafka.bootstrap}: {why}") from None
-            if isinstance(error, SourceError):
+            if isinstance(error, SourceError | RecoveryError):
                 raise LearnerError(str(error)) from None
             raise
 
@@ -140,21 +155,13 @@ class Learner:
         """Weights, optimisers, random state and offsets of the last version, or of the start."""
         if last is None:
             path = self._checked_start(start_from)
+            self.trainer, self.progress, self._codebooks = load(path, self._learn, self._learn.lr)
         else:
             path = self._checkpoints.path(last.version)
-            self._checkpoints.discard_after(last.version)
-            if not path.exists():
-                raise LearnerError(
-                    f"version {last.version} is published but its checkpoint {path} is missing: restore "
-                    "it, or start a new lineage in an empty data directory"
-                )
-        self.trainer, self.progress, self._codebooks = load(path, self._learn, self._learn.lr)
+            found = resume(self._checkpoints, last, self._kafka, self._learn)
+            self.trainer, self.progress = found.trainer, found.progress
+            self._codebooks = found.codebooks
         fits(path, self.progress, self._policy)
-        if last is not None and digest_of(state_of(self.trainer.model)) != last.digest:
-            raise LearnerError(
-                f"{path} does not hold version {last.version} as it was published: restore the right file, "
-                "or start a new lineage in an empty data directory"
-            )
 
     def _checked_start(self, start_from: Path | None) -> Path:
         if start_from is None:
@@ -180,8 +187,13 @@ class Learner:
             return
         self.progress.steps += 1
         STEPS.inc()
+        assert self._publisher is not None
+        now_ms = time.time() * 1000
         for sample in samples:
             STALENESS.observe(self.progress.version - sample.policy_version)
+            created_ms = self._publisher.created_ms(sample.policy_version)
+            if created_ms is not None:
+                AGE.observe(max(0.0, (now_ms - created_ms) / 1000))
 
     def _train(self, source: Source, chosen: list[Polled], samples: list[Sample]) -> list[Sample]:
         """One update on what can be learned from; the rest (imports may hold anything) become dead letters."""
@@ -200,6 +212,8 @@ class Learner:
         if metrics is not None:
             for what in StepMetrics.__dataclass_fields__:
                 TERMS.labels(what).set(getattr(metrics, what))
+            for warning in self._watch.see(metrics):
+                log.warning("%s", warning)
         return samples
 
     def _publish(self, source: Source) -> None:
@@ -210,7 +224,7 @@ class Learner:
             self.progress.watermark_ms = self._journal.watermark_ms
             self.progress.catalogue_version = source.catalogue.version
             content = to_bytes(self.trainer, self.progress, self._codebooks)
-            self._checkpoints.write(self.progress.version, content)
+            self._keep(content)
             manifest = self._publisher.publish(
                 self.trainer.model,
                 self.progress,
@@ -220,14 +234,23 @@ class Learner:
                 set(source.control.pinned.values()),
                 source.take_letters(),
             )
-            self._checkpoints.prune(self._learn.keep_checkpoints)
+            self._prune(self._publisher, set(source.control.pinned.values()))
         VERSION.set(manifest.version)
         if manifest.watermark_ms:
             LAG.observe(max(0.0, (manifest.created_ms - manifest.watermark_ms) / 1000))
 
+    def _keep(self, content: bytes) -> None:
+        try:
+            self._checkpoints.write(self.progress.version, content)
+        except OSError as error:
+            raise LearnerError(
+                f"checkpoint {self._checkpoints.path(self.progress.version)} cannot be written "
+                f"({error.strerror}): version {self.progress.version} is not published; once that is put "
+                "right, a start learns it again from the log"
+            ) from None
 
-def train(trainer: Trainer, samples: list[Sample], catalogue: Catalogue) -> StepMetrics | None:
-    """One update on `samples`: the pure path that live, serial and audit share."""
-    preset = trainer.model.preset
-    batch = assemble(samples, catalogue.valid, preset.context, trainer.model.user_rows)
-    return trainer.step(batch)
+    def _prune(self, publisher: Publisher, named: set[int]) -> None:
+        """Keep the newest checkpoints, those that arms name, and some from which journals can be followed."""
+        quarter_ms = max(1, round(self._learn.weights_horizon_s * 250))
+        spread = publisher.first_of_each(quarter_ms)
+        self._checkpoints.prune(self._learn.keep_checkpoints, named | spread)

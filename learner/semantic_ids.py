@@ -2,48 +2,61 @@
 
 Notable choices
 - RQ-Kmeans of the OneRec report (arXiv 2506.13695, tokeniser section): level l + 1 clusters what
-  the centroids up to level l leave over. The report gives utilisation 1.0 on all levels, so a
-  centroid that lost all its points is moved onto the point that is worst served.
-- Seeding is k-means++ (Arthur and Vassilvitskii 2007), written here because SciPy's is quadratic
-  in the number of codes (6.5 s a level at 256 codes, 7,583 x 64); the iterations are SciPy's.
-- Distances of `assign` are summed pair by pair in float64, without a matrix product: an item gets
-  the same ID alone or among a million, and equal centroids always resolve to the first.
+  the centroids up to level l leave over. How a level is clustered is in learner/kmeans.py.
+- An assignment is exact (learner/nearest.py): an item gets the same ID alone or among a million,
+  and equal centroids always resolve to the first.
+- Codebooks may be balanced (learner/balance.py): then a level's tables are its centroids and a
+  penalty for each, which is added to the squared distance. Codebooks without penalties have the
+  tensors and the digest that they had before there were any.
+- Several items may have one ID. Codes never tell them apart; the actor's last hop does, uniformly
+  over the members that may be shown, and writes the probability down (docs/tokeniser.md).
 
-Shapes: N items, d embedding width, K codes of a level.
+Shapes: N items, n of a piece, d embedding width, K codes of a level.
 """
 
 import hashlib
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.vq import kmeans2
-from scipy.spatial.distance import cdist
 
+from learner.balance import balance
+from learner.kmeans import cluster, planned
+from learner.nearest import Nearest
 from streams.events import LEVELS
 
-ITERATIONS: Final = 25
-"""Lloyd's iterations of a level."""
-_REPAIRS: Final = 8
-"""Rounds that move idle centroids and iterate again, before they are only moved."""
-_CHUNK: Final = 4096
-"""Items compared with all centroids at once."""
+_PIECE: Final = 1 << 15
+"""Items whose residuals are held at once in an assignment."""
+
+Tell = Callable[[str, int, int], None]
+"""Progress of a phase: what, done, in all."""
 
 _Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Codebooks:
-    """Centroids of the three levels, float32 `[K, d]` each; immutable for a policy lineage."""
+    """Centroids of the three levels, float32 `[K, d]` each; immutable for a policy lineage.
+
+    `penalties` of balanced codebooks are float32 `[K]` for each level, else there are none.
+    """
 
     centroids: tuple[NDArray[np.float32], ...]
+    penalties: tuple[NDArray[np.float32], ...] = ()
 
     def __post_init__(self) -> None:
         shapes = {table.shape for table in self.centroids}
         if len(self.centroids) != LEVELS or len(shapes) != 1 or len(self.centroids[0].shape) != 2:
             raise ValueError(f"codebooks need {LEVELS} tables of one shape [K, d], got {shapes}")
+        wanted = [(self.codes,)] * LEVELS if self.penalties else []
+        if [penalty.shape for penalty in self.penalties] != wanted:
+            raise ValueError(
+                f"codebooks of {self.codes} codes need {LEVELS} tables of as many penalties, or none, "
+                f"got {[penalty.shape for penalty in self.penalties]}"
+            )
 
     @property
     def codes(self) -> int:
@@ -57,60 +70,108 @@ class Codebooks:
 
     def assign(self, embeddings_ND: NDArray[np.floating]) -> NDArray[np.int64]:
         """Semantic IDs `[N, 3]`; raises `ValueError` on a wrong width or non-finite values."""
-        residual_ND = _checked(embeddings_ND)
-        if residual_ND.shape[1] != self.width:
-            raise ValueError(
-                f"embeddings have width {residual_ND.shape[1]}, the codebooks read {self.width}"
-            )
-        sids_N3 = np.empty((len(residual_ND), LEVELS), dtype=np.int64)
-        for level, table_KD in enumerate(self.centroids):
-            centroids_KD = table_KD.astype(np.float64)
-            sids_N3[:, level] = _nearest(residual_ND, centroids_KD)[0]
-            residual_ND = residual_ND - centroids_KD[sids_N3[:, level]]
+        embeddings_ND = np.asarray(embeddings_ND)
+        sids_N3 = np.empty((len(embeddings_ND), LEVELS), dtype=np.int64)
+        for start in range(0, max(1, len(embeddings_ND)), _PIECE):
+            part = slice(start, start + _PIECE)
+            residual_nD = _checked(embeddings_ND[part])
+            if residual_nD.shape[1] != self.width:
+                raise ValueError(
+                    f"embeddings have width {residual_nD.shape[1]}, the codebooks read {self.width}"
+                )
+            for level, nearest in enumerate(self._nearest):
+                sids_N3[part, level] = nearest.code(residual_nD)
+                residual_nD = residual_nD - self.centroids[level][sids_N3[part, level]]
         return sids_N3
+
+    def decode(self, sids_N3: NDArray[np.integer], levels: int = LEVELS) -> NDArray[np.float64]:
+        """What the first `levels` codes say of the embeddings: the sum of their centroids `[N, d]`."""
+        total_ND = np.zeros((len(sids_N3), self.width))
+        for level in range(levels):
+            total_ND += self.centroids[level][sids_N3[:, level]]
+        return total_ND
+
+    @cached_property
+    def _nearest(self) -> tuple[Nearest, ...]:
+        penalties = self.penalties or (None,) * LEVELS
+        return tuple(Nearest(*tables) for tables in zip(self.centroids, penalties, strict=True))
 
     def digest(self) -> str:
         """BLAKE2b over shapes and values, 16 bytes in hexadecimal."""
         state = hashlib.blake2b(digest_size=16)
-        for table in self.centroids:
+        for table in (*self.centroids, *self.penalties):
             state.update(np.asarray(table.shape, dtype="<i8").tobytes())
             state.update(np.ascontiguousarray(table, dtype="<f4").tobytes())
         return state.hexdigest()
 
     def to_tensors(self) -> dict[str, NDArray[np.float32]]:
         """The tables by name, for a checkpoint."""
-        return {f"codebook.{level}": table for level, table in enumerate(self.centroids)}
+        tables = {f"codebook.{level}": table for level, table in enumerate(self.centroids)}
+        return tables | {f"penalty.{level}": table for level, table in enumerate(self.penalties)}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, NDArray[np.float32]]) -> "Codebooks":
         """The inverse of `to_tensors`; other names are ignored, a missing one is a `ValueError`."""
         names = [f"codebook.{level}" for level in range(LEVELS)]
+        if any(name.startswith("penalty.") for name in tensors):
+            names += [f"penalty.{level}" for level in range(LEVELS)]
         missing = [name for name in names if name not in tensors]
         if missing:
             raise ValueError(f"the checkpoint has no {', '.join(missing)}")
-        return cls(tuple(np.asarray(tensors[name], dtype=np.float32) for name in names))
+        tables = [np.asarray(tensors[name], dtype=np.float32) for name in names]
+        return cls(tuple(tables[:LEVELS]), tuple(tables[LEVELS:]))
 
 
-def fit(embeddings_ND: NDArray[np.floating], codes: int, seed: int) -> Codebooks:
-    """Fit codebooks of `codes` centroids a level; deterministic under `seed`.
+def fit(
+    embeddings_ND: NDArray[np.floating],
+    codes: int,
+    seed: int,
+    balanced: float | None = None,
+    tell: Tell | None = None,
+) -> Codebooks:
+    """Fit codebooks of `codes` centroids a level; deterministic under `seed`, whatever the threads.
 
-    With fewer distinct residuals than codes the surplus centroids repeat the first one and are
-    never assigned. Raises `ValueError` on an empty, non-finite or not two-dimensional array.
+    `balanced` bounds the items of a code to that many times their mean, on each level; equal ones
+    count once. With fewer distinct residuals than codes the surplus centroids repeat the first one
+    and are never assigned. Holds the residuals in float64 beside the embeddings. Raises
+    `ValueError` on an empty, non-finite or not two-dimensional array, and on a bound below 1.
     """
     if codes < 1:
         raise ValueError(f"codes must be at least 1, got {codes}")
-    residual_ND = _checked(embeddings_ND)
+    if balanced is not None and not balanced >= 1.0:
+        raise ValueError(f"codes can hold their mean or more, not {balanced} times as much")
+    residual_ND = _checked(np.array(embeddings_ND, dtype=np.float64))
     if not len(residual_ND):
         raise ValueError("no embeddings to fit codebooks on")
     rng = np.random.default_rng(seed)
     tables: list[NDArray[np.float32]] = []
-    for _ in range(LEVELS):
-        # Rounded before the residual is taken: the next level must see what `assign` will leave.
-        table_KD = _cluster(residual_ND, codes, rng).astype(np.float32)
+    penalties: list[NDArray[np.float32]] = []
+    for level in range(LEVELS):
+        # Tables of float32, from which the residual is taken: the next level must see what `assign` will leave.
+        done = _counter(f"level {level + 1}", planned(len(residual_ND), codes), tell)
+        table_KD, code_N = cluster(residual_ND, codes, rng, done)
+        if balanced is not None:
+            done = _counter(f"level {level + 1}, balance", 0, tell)
+            table_KD, penalty_K, code_N = balance(residual_ND, table_KD, balanced, rng, done)
+            penalties.append(penalty_K)
         tables.append(table_KD)
-        centroids_KD = table_KD.astype(np.float64)
-        residual_ND = residual_ND - centroids_KD[_nearest(residual_ND, centroids_KD)[0]]
-    return Codebooks(tuple(tables))
+        for start in range(0, len(residual_ND), _PIECE):
+            part = slice(start, start + _PIECE)
+            residual_ND[part] -= table_KD[code_N[part]]
+    return Codebooks(tuple(tables), tuple(penalties))
+
+
+def _counter(what: str, in_all: int, tell: Tell | None) -> Callable[[int], None]:
+    """Progress in points; `in_all` grows where more come than were planned."""
+    so_far = 0
+
+    def done(more: int) -> None:
+        nonlocal so_far
+        so_far += more
+        if tell is not None:
+            tell(what, so_far, max(in_all, so_far))
+
+    return done
 
 
 def _checked(embeddings_ND: NDArray[np.floating]) -> _Floats:
@@ -120,74 +181,3 @@ def _checked(embeddings_ND: NDArray[np.floating]) -> _Floats:
     if not np.isfinite(array).all():
         raise ValueError("embeddings hold values that are not finite")
     return array
-
-
-def _nearest(points_ND: _Floats, centroids_KD: _Floats) -> tuple[NDArray[np.int64], _Floats]:
-    """Index of, and squared distance to, each point's nearest centroid; the first of equal ones."""
-    index_N = np.empty(len(points_ND), dtype=np.int64)
-    distance_N = np.empty(len(points_ND))
-    for start in range(0, len(points_ND), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        distance_nK = cdist(points_ND[part], centroids_KD, metric="sqeuclidean")
-        index_N[part] = distance_nK.argmin(axis=1)
-        distance_N[part] = distance_nK.min(axis=1)
-    return index_N, distance_N
-
-
-def _distance_to(points_ND: _Floats, row: int) -> _Floats:
-    """Squared distance `[N]` of each point to one of them."""
-    return cdist(points_ND, points_ND[row : row + 1], metric="sqeuclidean")[:, 0]
-
-
-def _cluster(points_ND: _Floats, codes: int, rng: np.random.Generator) -> _Floats:
-    seeds_kD = _seed(points_ND, codes, rng)
-    if len(seeds_kD) < codes:
-        # Every distinct point is a centroid already.
-        surplus_KD = np.repeat(seeds_kD[:1], codes - len(seeds_kD), axis=0)
-        return np.concatenate([seeds_kD, surplus_KD])
-    return refine(points_ND, seeds_kD)
-
-
-def refine(
-    points_ND: NDArray[np.float64], centroids_KD: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Lloyd's iterations from any start, without idle centroids where K distinct points exist.
-
-    An idle centroid moves onto the point farthest from its own, one after the other.
-    """
-    centroids_KD = _lloyd(points_ND, centroids_KD)
-    for repair in range(_REPAIRS + len(centroids_KD)):
-        index_N, distance_N = _nearest(points_ND, centroids_KD)
-        idle = np.flatnonzero(np.bincount(index_N, minlength=len(centroids_KD)) == 0)
-        if not len(idle):
-            break
-        for code in idle:
-            worst = int(distance_N.argmax())
-            centroids_KD[code] = points_ND[worst]
-            distance_N = np.minimum(distance_N, _distance_to(points_ND, worst))
-        if repair < _REPAIRS:
-            centroids_KD = _lloyd(points_ND, centroids_KD)
-    return centroids_KD
-
-
-def _seed(points_ND: _Floats, codes: int, rng: np.random.Generator) -> _Floats:
-    """k-means++ seeds, fewer than `codes` where there are fewer distinct points."""
-    chosen = [int(rng.integers(len(points_ND)))]
-    distance_N = np.full(len(points_ND), np.inf)
-    while len(chosen) < codes:
-        distance_N = np.minimum(distance_N, _distance_to(points_ND, chosen[-1]))
-        cumulative_N = np.cumsum(distance_N)
-        if cumulative_N[-1] <= 0.0:
-            break
-        # side="right": a point at distance zero has no share and is never found.
-        drawn = np.searchsorted(cumulative_N, rng.random() * cumulative_N[-1], side="right")
-        chosen.append(min(int(drawn), int(np.flatnonzero(distance_N)[-1])))
-    return points_ND[chosen].copy()
-
-
-def _lloyd(points_ND: _Floats, centroids_KD: _Floats) -> _Floats:
-    with warnings.catch_warnings():
-        # Idle centroids are looked for, and moved, by the caller.
-        warnings.filterwarnings("ignore", message="One of the clusters is empty")
-        moved_KD, _ = kmeans2(points_ND, centroids_KD, iter=ITERATIONS, minit="matrix")
-    return np.asarray(moved_KD, dtype=np.float64)

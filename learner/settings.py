@@ -12,7 +12,9 @@ from storage.settings import Count, NotNegative, Positive, Whole
 class PolicySettings:
     """The shape of the policy; fixed for a lineage."""
 
-    preset: Literal["tiny"] = "tiny"
+    preset: Literal["tiny", "small", "0.1B", "0.2B", "0.5B", "1B", "2B", "4B", "8B", "4B-MoE"] = (
+        "tiny"
+    )
     """Size of the lazy decoder; see learner/presets.py."""
     codes: Annotated[int, Meta(ge=2)] = 32
     """Codes of each of the three levels of a semantic ID."""
@@ -36,12 +38,22 @@ class LearnSettings:
     """Learning rate of AdamW; 5e-4 and 1e-2 were both much worse at `tiny`."""
     clip: Positive = 1.0
     """Largest norm of the dense gradient."""
+    objective: Literal[
+        "gbpo_level", "gbpo_item", "ppo_clip", "ecpo", "dual_clip", "supervised", "unlikelihood"
+    ] = "gbpo_level"
+    """What is made of likes and dislikes; docs/objectives.md compares them."""
     supervised: NotNegative = 0.3
     """Weight of the streaming supervised loss on the upper half of plays."""
     entropy: NotNegative = 0.1
     """Weight of the entropy bonus (mean per level); keeps coverage from falling."""
+    entropy_floor: NotNegative = 0.5
+    """Warn when the entropy falls below this (nats, mean per level); good runs end near 1.5, collapsed near 0."""
+    divergence_ceiling: Positive = 0.5
+    """Warn when the policy has moved further than this from what was served (KL, nats a level)."""
     seed: Whole = 7
     """Seed of initial weights and of everything random in training."""
+    shard: bool = False
+    """With several ranks: shard the dense part (FSDP2) instead of holding all of it on each (DDP)."""
     keep_checkpoints: Count = 3
     """Checkpoints kept on disk."""
     weights_horizon_s: NotNegative = 900.0

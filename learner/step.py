@@ -1,8 +1,9 @@
 """One clipped policy update: the training core, without I/O.
 
 The user table has a row-wise optimiser (SparseAdam moves only the rows of the batch), so that a later delta is
-the touched rows plus the dense part; everything else is AdamW. Loss = RL + supervised + entropy, with the weights
-of `LearnSettings`. The ratio is taken at the logged temperature, the supervised loss at temperature 1.
+the touched rows plus the dense part; everything else is AdamW. Loss = RL (`learn.objective`) + supervised + entropy,
+with the weights of `LearnSettings`. The ratio is taken at the logged temperature, the supervised loss at temperature
+1. The RL term is the mean over all targets with an advantage, also where an objective makes nothing of some of them.
 
 Legend: B requests, k targets, L levels, K codes.
 """
@@ -15,44 +16,83 @@ from torch import Tensor, nn
 from learner.batch import Batch
 from learner.decoder import LazyDecoder
 from learner.masking import masked_log_softmax
-from learner.objectives import entropy, gbpo_per_level, mean_over, supervised
+from learner.objectives import OBJECTIVES, divergence, entropy, mean_over, pull, supervised
+from learner.ranks import Ranks, whole
 from learner.settings import LearnSettings
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step saw; rates are shares of shown items."""
+    """What one step saw, before it moved; docs/objectives.md says how to read it. Own: logged by this policy."""
 
     loss: float
     loss_rl: float
     loss_supervised: float
     entropy: float
+    """Nats, mean over the levels of what was shown, at temperature 1."""
+    divergence: float
+    """KL(old || new), nats a level, estimated over own exposures; 0 of none."""
     positives: float
+    """Share of shown items."""
     negatives: float
+    """Share of shown items."""
     ratio: float
+    """Mean pi / pi_old over the levels of own targets."""
     bounded: float
-    """Share of target levels whose ratio is held below pi / pi_old by the bound."""
+    """Share of own target levels where GBPO's bound exceeds pi_old, whatever the objective."""
+    clipped: float
+    """Share of target levels to which the objective gives no gradient."""
+    pull_positive: float
+    """Mean weight of the objective on d log pi over the levels of positives; the likelihood's is 1."""
+    pull_negative: float
+    """The same over negatives."""
     grad_norm: float
+    """Norm of the dense gradient before it is clipped."""
 
 
 class Trainer:
     """The policy with its optimisers; `step` changes both."""
 
-    def __init__(self, model: LazyDecoder, settings: LearnSettings, lr: float) -> None:
+    def __init__(
+        self, model: LazyDecoder, settings: LearnSettings, lr: float, ranks: Ranks | None = None
+    ) -> None:
         self.model = model
         self.settings = settings
-        table = model.context.users.weight
-        self.dense: list[nn.Parameter] = [p for p in model.parameters() if p is not table]
+        self.ranks = ranks or Ranks()
+        self.objective = OBJECTIVES[settings.objective]
+        self.network = self.ranks.spread(model, settings.shard)
+        self.table = model.context.users.weight
+        self.dense: list[nn.Parameter] = [p for p in model.parameters() if p is not self.table]
         self.dense_optimiser = torch.optim.AdamW(self.dense, lr=lr, betas=(0.9, 0.98))
-        self.row_optimiser = torch.optim.SparseAdam([table], lr=lr, betas=(0.9, 0.98))
+        self.row_optimiser = torch.optim.SparseAdam([self.table], lr=lr, betas=(0.9, 0.98))
 
-    def step(self, batch: Batch) -> StepMetrics | None:
-        """One update; None, and nothing changes, when the batch holds no target."""
-        targets = batch.targets
-        rl_Bk = targets.advantage_Bk != 0
-        if not bool((rl_Bk | targets.supervised_Bk).any()):
+    def step(self, *shares: Batch) -> StepMetrics | None:
+        """One update on a batch, or on the shares of several ranks where this process stands for all of them.
+
+        None, and nothing changes, when the shares of all ranks hold no target. Metrics are of the first share.
+        """
+        counts = self.ranks.total(torch.stack([_counts(share) for share in shares]).sum(0))
+        if not bool(counts[:2].any()):
             return None
-        logits_BkLK = self.model(self.model.process(batch.contexts), batch.sids_BkL)
+        self.dense_optimiser.zero_grad(set_to_none=True)
+        self.row_optimiser.zero_grad(set_to_none=True)
+        seen, rows = [], []
+        for share in shares:
+            seen.append(self._learn(share, counts.to(torch.float32)))
+            rows.append(self.table.grad)
+            self.table.grad = None
+        self.table.grad = self.ranks.total_rows(rows)
+        norm = whole(nn.utils.clip_grad_norm_(self.dense, self.settings.clip))
+        self.dense_optimiser.step()
+        self.row_optimiser.step()  # type: ignore[no-untyped-call]
+        self.model.balance(self.ranks.total)
+        logp_BkL, terms = seen[0]
+        return self._metrics(shares[0], logp_BkL, (*terms, norm))
+
+    def _learn(self, batch: Batch, counts: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Add a share's gradient; its log-probabilities and the terms of its loss."""
+        targets = batch.targets
+        logits_BkLK = self.network(batch.contexts, batch.sids_BkL)
         all_BkLK = masked_log_softmax(logits_BkLK, batch.mask_BkLK, 1.0)
         plain_BkL = _at(all_BkLK, batch.sids_BkL)
         if bool((batch.temperature_B == 1.0).all()):
@@ -60,38 +100,48 @@ class Trainer:
         else:
             scaled_BkLK = logits_BkLK / batch.temperature_B[:, None, None, None]
             logp_BkL = _at(masked_log_softmax(scaled_BkLK, batch.mask_BkLK, 1.0), batch.sids_BkL)
-        rl = mean_over(gbpo_per_level(logp_BkL, targets.logp_old_BkL, targets.advantage_Bk), rl_Bk)
-        likelihood = mean_over(supervised(plain_BkL), targets.supervised_Bk)
-        spread = mean_over(entropy(all_BkLK).mean(-1), targets.shown_Bk)
+        surrogate_Bk = self.objective(logp_BkL, targets.logp_old_BkL, targets.advantage_Bk)
+        rl = mean_over(surrogate_Bk, targets.advantage_Bk != 0, counts[0])
+        likelihood = mean_over(supervised(plain_BkL), targets.supervised_Bk, counts[1])
+        spread = mean_over(entropy(all_BkLK).mean(-1), targets.shown_Bk, counts[2])
         loss = rl + self.settings.supervised * likelihood - self.settings.entropy * spread
-        self.dense_optimiser.zero_grad(set_to_none=True)
-        self.row_optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.dense, self.settings.clip)
-        self.dense_optimiser.step()
-        self.row_optimiser.step()  # type: ignore[no-untyped-call]
-        return self._metrics(batch, logp_BkL.detach(), (loss, rl, likelihood, spread, norm))
+        (loss * self.ranks.world).backward()  # type: ignore[no-untyped-call]
+        return logp_BkL.detach(), (loss, rl, likelihood, spread)
 
     def _metrics(self, batch: Batch, logp_BkL: Tensor, terms: tuple[Tensor, ...]) -> StepMetrics:
         targets = batch.targets
+        old_BkL, advantage_Bk1 = targets.logp_old_BkL, targets.advantage_Bk.unsqueeze(-1)
         shown = max(1, int(targets.shown_Bk.sum()))
-        owned_BkL = ~targets.logp_old_BkL.isnan() & (targets.advantage_Bk != 0).unsqueeze(-1)
-        ratio_BkL = (logp_BkL - targets.logp_old_BkL).exp()
+        target_BkL = (advantage_Bk1 != 0).expand_as(old_BkL)
+        logged_BkL = ~old_BkL.isnan()
+        owned_BkL = logged_BkL & target_BkL
         pi_BkL = logp_BkL.exp()
-        floor_BkL = torch.where(targets.advantage_Bk.unsqueeze(-1) >= 0, pi_BkL, 1.0 - pi_BkL)
-        bounded_BkL = floor_BkL > targets.logp_old_BkL.exp()
+        floor_BkL = torch.where(advantage_Bk1 >= 0, pi_BkL, 1.0 - pi_BkL)
+        pull_BkL = pull(self.objective, logp_BkL, old_BkL, targets.advantage_Bk)
+        own_shown_BkL = logged_BkL & targets.shown_Bk.unsqueeze(-1)
         loss, rl, likelihood, spread, norm = (float(term.detach()) for term in terms)
         return StepMetrics(
             loss=loss,
             loss_rl=rl,
             loss_supervised=likelihood,
             entropy=spread,
+            divergence=float(mean_over(divergence(logp_BkL, old_BkL), own_shown_BkL)),
             positives=int((targets.advantage_Bk > 0).sum()) / shown,
             negatives=int((targets.advantage_Bk < 0).sum()) / shown,
-            ratio=float(mean_over(ratio_BkL, owned_BkL)),
-            bounded=float(mean_over(bounded_BkL.float(), owned_BkL)),
+            ratio=float(mean_over((logp_BkL - old_BkL).exp(), owned_BkL)),
+            bounded=float(mean_over((floor_BkL > old_BkL.exp()).float(), owned_BkL)),
+            clipped=float(mean_over((pull_BkL == 0.0).float(), target_BkL)),
+            pull_positive=float(mean_over(pull_BkL, target_BkL & (advantage_Bk1 > 0))),
+            pull_negative=float(mean_over(pull_BkL, target_BkL & (advantage_Bk1 < 0))),
             grad_norm=norm,
         )
+
+
+def _counts(batch: Batch) -> Tensor:
+    """Targets of the objective, supervised ones, and all that was shown."""
+    targets = batch.targets
+    chosen = (targets.advantage_Bk != 0, targets.supervised_Bk, targets.shown_Bk)
+    return torch.stack([each.sum() for each in chosen])
 
 
 def _at(logp_BkLK: Tensor, sids_BkL: Tensor) -> Tensor:

@@ -47,6 +47,16 @@ def samples(
     raise typer.Exit(run(config, (since, until), json))
 
 
+@partial(command, group=audit)
+def replay_(common: Common, json: JsonFile = None) -> None:
+    """Do the journals, followed again from a checkpoint, give every published version?"""
+    config = common.load_of_run()
+    require_writable(json)
+    from ops.audit_replay import run
+
+    raise typer.Exit(run(config, json))
+
+
 @partial(command, group=bench)
 def kills(
     common: Common,
@@ -79,6 +89,24 @@ def join(
     raise typer.Exit(run(config, requests, waiting, json))
 
 
+@partial(command, group=bench)
+def tokeniser(
+    common: Common,
+    items: Annotated[
+        int, typer.Option(min=1, help="Items of the synthetic catalogue.")
+    ] = 1_000_000,
+    codes: Annotated[int, typer.Option(min=1, help="Codes of a level.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Seed of the embeddings and of the fitting.")] = 1,
+    json: JsonFile = None,
+) -> None:
+    """How long a million items take to get semantic IDs, and how good these are."""
+    config = common.load()
+    require_writable(json)
+    from ops.bench_tokeniser import run
+
+    raise typer.Exit(run(config, items, codes, seed, json))
+
+
 @partial(command, group=eval_)
 def shaping(
     common: Common,
@@ -94,6 +122,22 @@ def shaping(
     from ops.eval_shaping import run
 
     raise typer.Exit(run(config, directory, json, plot))
+
+
+@partial(command, group=eval_)
+def faithfulness(
+    common: Common,
+    json: JsonFile = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tables here as Markdown.")
+    ] = None,
+) -> None:
+    """Parameters, compute and activations of every preset, beside the OneRec-V2 report's tables."""
+    config = common.load()
+    require_writable(json)
+    from ops.eval_faithfulness import run
+
+    raise typer.Exit(run(config, json, markdown))
 
 
 @partial(command, group=eval_)

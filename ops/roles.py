@@ -1,7 +1,8 @@
 """The processes of the loop: started with one configuration, watched, and stopped in order.
 
 A role's output goes to a file below the data directory. Stopping is SIGTERM, and SIGKILL for one that does not
-listen.
+listen. A role that was killed (kill -9, out of memory) is started again: whatever dies, nothing is lost by it. One
+that ended by itself has said why, and would say it again.
 """
 
 import os
@@ -18,6 +19,9 @@ from ops.config_text import commented_toml
 from ops.errors import UserError
 
 PATIENCE_S = 15.0
+EARLY_S = 10.0
+EARLY_DEATHS = 3
+"""So many deaths in a row, each so soon after the start, and it is given up."""
 WITH_PARENT = "DWELL_WITH_PARENT"
 """Set in a role's environment: end when standard input ends."""
 
@@ -29,9 +33,16 @@ class Role:
         self.name = name
         self.log_file = folder / f"{name}.log"
         self.cpu_seconds = 0.0
+        self.restarts = 0
+        self._arguments = arguments
+        self._early_deaths = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ops.cli", name, *arguments],
+                [sys.executable, "-m", "ops.cli", self.name, *self._arguments],
                 stdin=subprocess.PIPE,  # its end tells the role that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -50,12 +61,29 @@ class Role:
         return self._process.poll() is None
 
     def check(self) -> None:
-        """Raise `UserError` with the role's last word when it has ended by itself."""
-        if not self.alive:
+        """Start it again if it was killed.
+
+        Raises `UserError` with its last word when it has ended by itself, or is killed again and again.
+        """
+        if self.alive:
+            return
+        status = self._process.returncode
+        if status >= 0:
             raise UserError(
-                f"{self.name} ended by itself (status {self._process.returncode}): {last_line(self.log_file)}; "
+                f"{self.name} ended by itself (status {status}): {last_line(self.log_file)}; "
                 f"see {self.log_file}."
             )
+        early = time.monotonic() - self._started < EARLY_S
+        self._early_deaths = self._early_deaths + 1 if early else 0
+        if self._early_deaths == EARLY_DEATHS:
+            raise UserError(
+                f"{self.name} was killed {EARLY_DEATHS} times within {EARLY_S:.0f} s of its start, last by signal "
+                f"{-status}; see {self.log_file}, and whether memory is short."
+            )
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self.restarts += 1
+        self._start()
 
     def stop(self, patience_s: float = PATIENCE_S) -> None:
         """SIGTERM, then SIGKILL after `patience_s`; `cpu_seconds` is known afterwards."""

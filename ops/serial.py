@@ -18,7 +18,7 @@ from actor.recommend import decode, expose, prepare
 from actor.users import Users
 from learner.journal import Journal, Polled
 from learner.policy import build, load_state, state_of
-from learner.run import train
+from learner.update import train
 from ops.config import Config
 from ops.served import Served
 from ops.viewer import deliver, watch

@@ -58,12 +58,13 @@ def up(
         with open_cluster(config, lambda line: console.print(line)) as cluster:
             run = _Run(cluster, demo, start_from, console)
             results = run.live(for_s)
-            roles = run.cpu_seconds()
+            roles, restarts = run.cpu_seconds(), run.restarts()
             before = children_cpu_s()
         roles["broker"] = children_cpu_s() - before
     if results is None:
         return 0
     results["cpu_seconds"] = {**roles, "up": time.process_time()}
+    results["restarts"] = restarts
     checks = live_checks(results)
     print_results(results, checks, console)
     if json_path is not None:
@@ -163,6 +164,10 @@ class _Run:
         """CPU of each role, known after it was stopped."""
         return {role.name: role.cpu_seconds for role in self._roles}
 
+    def restarts(self) -> dict[str, int]:
+        """How often each role that was killed has been started again."""
+        return {role.name: role.restarts for role in self._roles if role.restarts}
+
     def _start_roles(self) -> int:
         """Everything that serves and learns; returns the actor's port once it is ready."""
         port = self._config.actor.port or free_port()
@@ -196,7 +201,7 @@ class _Run:
         )
 
     def _check(self) -> None:
-        """Raise `UserError` when a part of the loop has ended by itself."""
+        """Start again what was killed; `UserError` when a part of the loop has ended by itself."""
         if self._broker is not None and not self._broker.alive:
             raise UserError(f"the broker ended by itself; {self._broker.log_file} says why.")
         for role in self._roles:

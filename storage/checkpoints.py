@@ -17,17 +17,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+        self.folder = folder
 
     def path(self, version: int) -> Path:
         """Where a version's checkpoint is, or would be."""
-        return self._folder / f"v{version:08d}.safetensors"
+        return self.folder / f"v{version:08d}.safetensors"
 
     def versions(self) -> list[int]:
         """The versions on disk, ascending."""
-        named = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
+        named = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in named if name)
 
     def write(self, version: int, content: bytes) -> None:
@@ -35,7 +33,9 @@ class Checkpoints:
         write_atomically(self.path(version), content)
 
     def discard_after(self, version: int) -> list[int]:
-        """Remove checkpoints that were never published; returns which."""
+        """Remove checkpoints that were never published, and what was cut short; returns the former."""
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
         later = [other for other in self.versions() if other > version]
         for other in later:
             self.path(other).unlink()

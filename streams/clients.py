@@ -3,7 +3,7 @@
 Actors and the join use aiokafka, which is native to their event loops. No client resets an offset silently.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
@@ -30,7 +30,7 @@ def producer(bootstrap: str, **more: Any) -> KafkaProducer:
 
 def records(
     bootstrap: str, topic: str, partition: int = 0, first: int = 0, last: int | None = None
-) -> Iterator[ConsumerRecord]:
+) -> Generator[ConsumerRecord, None, None]:
     """Committed records of one partition from offset `first` (or the oldest kept) up to its present end."""
     client = consumer(bootstrap)
     try:
@@ -41,7 +41,7 @@ def records(
 
 def read(
     client: KafkaConsumer, topic: str, partition: int = 0, first: int = 0, last: int | None = None
-) -> Iterator[ConsumerRecord]:
+) -> Generator[ConsumerRecord, None, None]:
     """As `records`, with a consumer that has nothing else to do meanwhile."""
     place = TopicPartition(topic, partition)
     client.assign([place])

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ops.broker import EmbeddedBroker
     from streams.settings import KafkaSettings
+    from tests.learner.lineage import Lineage
 
 torch.set_num_threads(1)  # these policies are small, and other processes work beside
 
@@ -41,3 +44,11 @@ def outage(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
     with quiet(caplog):
         yield
+
+
+@pytest.fixture
+def lineage(kafka: KafkaSettings, tmp_path: Path) -> Lineage:
+    """A lineage that has not begun."""
+    from tests.learner.lineage import made
+
+    return made(kafka, tmp_path)

@@ -39,12 +39,13 @@ def logits_of(model: LazyDecoder, of: Contexts, sids: Tensor) -> Tensor:
     return found
 
 
-@pytest.fixture(params=["plain", "shared", "grouped"])
+@pytest.fixture(params=["plain", "shared", "grouped", "parts"])
 def model(request: pytest.FixtureRequest) -> LazyDecoder:
     presets = {
         "plain": SMALL,
         "shared": replace(SMALL, layers=4, l_kv=2, s_kv=2),
         "grouped": replace(SMALL, layers=3, l_kv=3, g_kv=2),
+        "parts": replace(SMALL, short=2, tied=False),
     }
     return random_model(presets[request.param], CODES, ROWS, seed=1)
 
@@ -274,7 +275,8 @@ def test_each_level_has_its_own_norm_and_head() -> None:
 
 
 def test_gradient_reaches_every_parameter() -> None:
-    model = random_model(replace(SMALL, layers=4, l_kv=2, s_kv=2, g_kv=2), CODES, ROWS, seed=10)
+    preset = replace(SMALL, layers=4, l_kv=2, s_kv=2, g_kv=2, short=2)
+    model = random_model(preset, CODES, ROWS, seed=10)
     loss = F.cross_entropy(
         model(model.process(batch_of([6, 3])), targets(2, 3)).flatten(0, 2),
         targets(2, 3).flatten(),
@@ -292,6 +294,8 @@ def test_a_preset_keeps_the_rules_of_sharing(name: str) -> None:
     assert preset.heads % preset.kv_heads == 0
     assert preset.layers % preset.l_kv == 0
     assert preset.s_kv in (1, 2)
+    assert preset.short < preset.context
+    assert 0 <= preset.top <= (preset.experts or preset.top)
 
 
 def test_code_embeddings_start_from_the_centroids() -> None:

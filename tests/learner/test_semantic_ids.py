@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from learner.semantic_ids import Codebooks, fit, refine
+from learner.kmeans import refine
+from learner.semantic_ids import Codebooks, fit
 
 
 def blobs(items: int, width: int, seed: int = 0) -> NDArray[np.float64]:

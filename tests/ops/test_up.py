@@ -1,61 +1,14 @@
 """The whole loop, as a user runs it: `dwell up --demo` in its own processes on its own broker."""
 
-import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-SMALL = [
-    "--set=simulate.people=60",
-    "--set=simulate.items=400",
-    "--set=simulate.requests_per_s=40",
-    "--set=pretrain.steps=20",
-    "--set=actor.port=0",
-]
-
-
-def dwell(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ops.cli", *arguments]
-
-
-def demo(data_dir: Path, seconds: float, json_file: Path) -> dict[str, Any]:
-    """One run of the demonstration; its results."""
-    done = subprocess.run(
-        dwell(
-            "up",
-            "--demo",
-            f"--for={seconds}",
-            f"--data-dir={data_dir}",
-            f"--json={json_file}",
-            *SMALL,
-        ),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    results: dict[str, Any] = json.loads(json_file.read_text())["results"]
-    return results
-
-
-def processes_of(data_dir: Path) -> list[int]:
-    """Processes whose command line names the data directory."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
-        except OSError:
-            continue
-        if str(data_dir).encode() in command:
-            found.append(int(entry.name))
-    return found
+from tests.ops.small_demo import SMALL, demo, dwell, processes_of
 
 
 @pytest.mark.timeout(400)

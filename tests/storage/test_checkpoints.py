@@ -71,6 +71,7 @@ def test_what_a_dead_process_left_half_written_is_no_version_and_is_removed(tmp_
     assert killed.returncode == -9
     assert len(list(tmp_path.iterdir())) == 1
     assert Checkpoints(tmp_path).versions() == []
+    Checkpoints(tmp_path).discard_after(0)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,56 @@
+"""One update from samples, the first time and again: what live, serial, recovery and audit share.
+
+An update is a function of weights, optimisers, the step's samples in the order of the log, and the catalogue's
+versions. So a journal entry and the log give the same update again, to the last bit on the same machine with the
+same number of threads (contract of the policy, "Versions").
+"""
+
+from collections.abc import Container, Sequence
+
+from learner.batch import assemble
+from learner.catalogue import Catalogue
+from learner.journal import Polled, sort_out
+from learner.step import StepMetrics, Trainer
+from streams.events import Sample
+from streams.weights import StepEntry
+
+
+class JournalError(ValueError):
+    """A journal that cannot be followed again; the message says where and why."""
+
+
+def train(trainer: Trainer, samples: list[Sample], catalogue: Catalogue) -> StepMetrics | None:
+    """One update on `samples`; raises `ValueError` or `LookupError`, and changes nothing, if one is of no use."""
+    preset = trainer.model.preset
+    batch = assemble(samples, catalogue.valid, preset.context, trainer.model.user_rows)
+    return trainer.step(batch)
+
+
+def train_again(
+    trainer: Trainer,
+    entry: StepEntry,
+    taken: Sequence[Polled],
+    buried: Container[tuple[int, int]],
+    catalogue: Catalogue,
+) -> None:
+    """A journalled step once more: `taken` are the records of its ranges.
+
+    `buried` has the (partition, offset) of samples that became dead letters. Raises `JournalError` where the log
+    does not hold what the journal says.
+    """
+    chosen, found = sort_out(taken)
+    usable = [one for one in chosen if (one.partition, one.offset) not in buried]
+    unusable = len(chosen) - len(usable)
+    there = (found.trained - unusable, found.control, found.without_target + unusable)
+    noted = (entry.trained, entry.control, entry.without_target)
+    if there != noted:
+        raise JournalError(
+            f"the step over {entry.ranges} trained on, set aside as control, and found without target {noted} "
+            f"samples, the log has {there}"
+        )
+    samples = [one.sample for one in usable if one.sample is not None]
+    if samples:
+        try:
+            train(trainer, samples, catalogue)
+        except (ValueError, LookupError) as error:
+            raise JournalError(f"the step over {entry.ranges}: {error}") from None
