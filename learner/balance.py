@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from learner.kmeans import Done, first_of_equal, means, sample_rows
 from learner.nearest import Codes, Floats, Nearest
 
-MOVES: Final = 2
+MOVES: Final = 3
 """Times that centroids move to the means of a balanced assignment."""
-_MORE: Final = 0.05
-"""Share of a raised code's points that leave beyond its surplus. Without it ever fewer leave, and
-rounds without end pass; the more, the fewer rounds and the worse the reconstruction."""
-_ROUNDS: Final = 1000
+_MORE: Final = (0.25, 0.1)
+"""Share of a raised code's points that leave beyond its surplus, while centroids move and at last.
+Without it ever fewer leave and rounds do not end; the more, the fewer rounds, and the further the
+result from the cheapest; at .6 neighbours flood one another in turn."""
+_ROUNDS: Final = 300
 """Rounds of one auction at most."""
 
 
@@ -55,13 +56,14 @@ def balance(
     sample_S = sample_rows(len(points_ND), len(table_KD), rng)
     sample_SD, counted_S = points_ND[sample_S], counted_N[sample_S]
     free_K = np.zeros(len(table_KD), dtype=np.float32)
-    for move in range(MOVES + 1):
-        penalty_K, _ = _auction(sample_SD, table_KD, free_K, counted_S, most, done)
-        if move < MOVES:
-            code_N = Nearest(table_KD, penalty_K).code(points_ND)
-            done(len(points_ND))
-            table_KD, _ = means(points_ND, code_N, table_KD)
-    penalty_K, code_N = _auction(points_ND, table_KD, penalty_K, counted_N, most, done)
+    moving, at_last = _MORE
+    for _ in range(MOVES):
+        penalty_K, _ = _auction(sample_SD, table_KD, free_K, counted_S, most, moving, done)
+        code_N = Nearest(table_KD, penalty_K).code(points_ND)
+        done(len(points_ND))
+        table_KD, _ = means(points_ND, code_N, table_KD)
+    penalty_K, _ = _auction(sample_SD, table_KD, free_K, counted_S, most, at_last, done)
+    penalty_K, code_N = _auction(points_ND, table_KD, penalty_K, counted_N, most, at_last, done)
     return Balanced(table_KD, penalty_K, code_N)
 
 
@@ -71,6 +73,7 @@ def _auction(
     penalty_K: NDArray[np.float32],
     counted_N: NDArray[np.bool_],
     most: float,
+    more: float,
     done: Done,
 ) -> tuple[NDArray[np.float32], Codes]:
     """Penalties `[K]`, none below those given, and codes `[N]`."""
@@ -86,7 +89,7 @@ def _auction(
         rows = np.flatnonzero(over_K[code_N])
         lead_n = Nearest(table_KD, penalty_K).two(points_ND[rows]).lead_N
         votes = counted_N[rows]
-        raised_K = _raised(code_N[rows[votes]], lead_n[votes], size_K - capacity, penalty_K)
+        raised_K = _raised(code_N[rows[votes]], lead_n[votes], size_K - capacity, more, penalty_K)
         stuck_K = over_K & (raised_K == penalty_K)
         penalty_K = raised_K
         code_N[rows] = Nearest(table_KD, penalty_K).code(points_ND[rows])
@@ -95,7 +98,11 @@ def _auction(
 
 
 def _raised(
-    code_n: Codes, lead_n: Floats, surplus_K: NDArray[np.intp], penalty_K: NDArray[np.float32]
+    code_n: Codes,
+    lead_n: Floats,
+    surplus_K: NDArray[np.intp],
+    more: float,
+    penalty_K: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     """Penalties that make each of these codes' surplus leave: above the leads of as many points."""
     raised_K = penalty_K.copy()
@@ -106,7 +113,7 @@ def _raised(
     for first, last in zip(start.tolist(), end.tolist(), strict=True):
         code = code_n[first]
         size = last - first
-        leaving = first + min(int(surplus_K[code] + _MORE * size), size - 1)
+        leaving = first + min(int(surplus_K[code] + more * size), size - 1)
         # Between the last that leaves and the first that stays.
         needed = (lead_n[leaving - 1] + lead_n[leaving]) / 2
         if needed < lead_n[last - 1]:  # else everything would leave

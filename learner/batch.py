@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 
 def assemble(samples: list[Sample], valid: ValidIds, context_length: int, user_rows: int) -> Batch:
-    """Tensors of `samples`, none for a rank that has none; `ValueError` when a target is not in its request's tree."""
+    """Tensors of `samples`, of which there may be none; `ValueError` when a target is not in its request's tree."""
     count, slots = len(samples), max((len(sample.items) for sample in samples), default=1)
     sids_BkL = np.zeros((count, slots, LEVELS), np.int64)
     advantage_Bk = np.zeros((count, slots), np.float32)

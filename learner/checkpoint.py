@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from learner.policy import build
+from learner.ranks import Ranks, like, whole
 from learner.semantic_ids import Codebooks
 from learner.settings import LearnSettings, PolicySettings
 from learner.step import Trainer
@@ -42,15 +43,15 @@ class Progress:
 
 
 def to_bytes(trainer: Trainer, progress: Progress, codebooks: Codebooks) -> bytes:
-    """The checkpoint's content."""
+    """The checkpoint's content, the same on all ranks; all must ask."""
     tensors: dict[str, Tensor] = {
-        f"model.{name}": value.detach().clone()
+        f"model.{name}": whole(value.detach()).clone()
         for name, value in trainer.model.state_dict().items()
     }
     for prefix, optimiser in _optimisers(trainer):
         for index, values in optimiser.state_dict()["state"].items():
             for name, value in values.items():
-                tensors[f"{prefix}.{index}.{name}"] = torch.as_tensor(value).clone()
+                tensors[f"{prefix}.{index}.{name}"] = whole(torch.as_tensor(value)).clone()
     for name, array in codebooks.to_tensors().items():
         tensors[f"codebooks.{name}"] = torch.from_numpy(array)
     tensors["random_state"] = torch.get_rng_state()
@@ -65,19 +66,34 @@ def load(path: Path, settings: LearnSettings, lr: float) -> tuple[Trainer, Progr
     """The learner as it was; raises `CheckpointError` naming the file."""
     tensors, note = _read(path)
     try:
-        progress = msgspec.json.decode(note, type=Progress)
-        model = build(progress.preset, progress.codes, progress.user_rows)
-        model.load_state_dict(_under("model", tensors))
-        trainer = Trainer(model, settings, lr)
-        for prefix, optimiser in _optimisers(trainer):
-            _restore(optimiser, prefix, _under(prefix, tensors))
-        books = {name: value.numpy() for name, value in _under("codebooks", tensors).items()}
-        codebooks = Codebooks.from_tensors(books)
-        if "random_state" not in tensors:
-            raise ValueError("the random state is missing")
-        torch.set_rng_state(tensors["random_state"])
+        return _restored(tensors, note, settings, lr, Ranks())
     except (ValueError, RuntimeError, TypeError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{path}: {_in_one_line(error)}") from None
+
+
+def shared(
+    content: bytes, settings: LearnSettings, lr: float, ranks: Ranks
+) -> tuple[Trainer, Progress, Codebooks]:
+    """The same on each rank, from a checkpoint's content that one of them has read."""
+    header = int.from_bytes(content[:8], "little")
+    note = msgspec.json.decode(content[8 : 8 + header])["__metadata__"][FORMAT]
+    return _restored(load_tensors(content), note, settings, lr, ranks)
+
+
+def _restored(
+    tensors: dict[str, Tensor], note: str, settings: LearnSettings, lr: float, ranks: Ranks
+) -> tuple[Trainer, Progress, Codebooks]:
+    progress = msgspec.json.decode(note, type=Progress)
+    model = build(progress.preset, progress.codes, progress.user_rows)
+    model.load_state_dict(_under("model", tensors))
+    trainer = Trainer(model, settings, lr, ranks)
+    for prefix, optimiser in _optimisers(trainer):
+        _restore(optimiser, prefix, _under(prefix, tensors))
+    books = {name: value.numpy() for name, value in _under("codebooks", tensors).items()}
+    codebooks = Codebooks.from_tensors(books)
+    if "random_state" not in tensors:
+        raise ValueError("the random state is missing")
+    torch.set_rng_state(tensors["random_state"])
     return trainer, progress, codebooks
 
 
@@ -124,6 +140,7 @@ def _restore(optimiser: torch.optim.Optimizer, prefix: str, tensors: dict[str, T
                 raise ValueError(
                     f"{prefix}.{index}.{key} has shape {found}, its parameter {tuple(parameters[index].shape)}"
                 )
+            values[key] = like(torch.as_tensor(values[key]), parameters[index])
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state, "param_groups": groups})
 

@@ -107,7 +107,8 @@ class ContextProcessor(nn.Module):
 
     def _heads(self, x_BNC: Tensor) -> Tensor:
         B, N, _ = x_BNC.shape
-        return x_BNC.reshape(B, N, self.preset.kv_heads, self.preset.d_head).transpose(1, 2)
+        heads_BGNd = x_BNC.reshape(B, N, self.preset.kv_heads, self.preset.d_head).transpose(1, 2)
+        return heads_BGNd.contiguous()  # all layers read it
 
 
 def _embedded(codes_BTL: Tensor, embeddings: nn.ParameterList) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from learner.nearest import keys_of
 from learner.semantic_ids import Codebooks
 from streams.events import LEVELS
 
@@ -34,6 +35,8 @@ class LevelQuality:
     """exp(entropy): as many codes, used evenly, would have this entropy."""
     largest: float
     """Items of the largest code over the mean of all codes."""
+    largest_apart: float
+    """The same, where items that this level cannot tell apart count as one: those whose residuals are equal."""
     gini: float
     """Gini coefficient of the codes' sizes: 0 where all are equal."""
     reconstruction: float
@@ -61,24 +64,25 @@ def quality(
         raise ValueError("no items to measure semantic IDs on")
     mean_D = np.asarray(embeddings_ND).mean(axis=0, dtype=np.float64)
     deviation, error_L = 0.0, np.zeros(LEVELS)
+    key_NL = np.empty(sids_N3.shape, dtype=np.uint64)
     for start in range(0, len(sids_N3), _PIECE):
         part = slice(start, start + _PIECE)
         residual_nD = np.array(embeddings_ND[part], dtype=np.float64)
         deviation += float(np.square(residual_nD - mean_D).sum())
         for level, table_KD in enumerate(books.centroids):
+            key_NL[part, level] = keys_of(residual_nD)
             residual_nD -= table_KD[sids_N3[part, level]]
             error_L[level] += np.square(residual_nD).sum()
-    levels = tuple(
-        _level(
-            np.bincount(sids_N3[:, level], minlength=books.codes),
-            float(error_L[level] / deviation) if deviation > 0.0 else float(error_L[level] > 0.0),
-        )
-        for level in range(LEVELS)
-    )
+    levels = []
+    for level in range(LEVELS):
+        apart_n = np.unique(key_NL[:, level], return_index=True)[1]
+        relative = error_L[level] / deviation if deviation > 0.0 else float(error_L[level] > 0.0)
+        code_N = sids_N3[:, level]
+        levels.append(_level(code_N, code_N[apart_n], books.codes, float(relative)))
     key_N = (sids_N3[:, 0] * books.codes + sids_N3[:, 1]) * books.codes + sids_N3[:, 2]
     size_n = np.unique(key_N, return_counts=True)[1]
     sharing = float(size_n[size_n > 1].sum() / len(sids_N3))
-    return Quality(levels, len(size_n), sharing, int(size_n.max()))
+    return Quality(tuple(levels), len(size_n), sharing, int(size_n.max()))
 
 
 def random_codebooks(embeddings_ND: NDArray[np.floating], codes: int, seed: int) -> Codebooks:
@@ -94,17 +98,20 @@ def random_codebooks(embeddings_ND: NDArray[np.floating], codes: int, seed: int)
     return Codebooks(tuple(tables))
 
 
-def _level(size_K: NDArray[np.intp], reconstruction: float) -> LevelQuality:
+def _level(
+    code_N: NDArray[np.int64], apart_n: NDArray[np.int64], codes: int, reconstruction: float
+) -> LevelQuality:
+    size_K, apart_K = (np.bincount(code, minlength=codes) for code in (code_N, apart_n))
     share_k = size_K[size_K > 0] / size_K.sum()
     entropy = float(-(share_k * np.log(share_k)).sum())
-    ascending_K = np.sort(size_K)
-    rank_K = np.arange(1, len(size_K) + 1)
-    gini = float((2 * rank_K - len(size_K) - 1) @ ascending_K / (len(size_K) * size_K.sum()))
+    rank_K = np.arange(1, codes + 1)
+    gini = float((2 * rank_K - codes - 1) @ np.sort(size_K) / (codes * size_K.sum()))
     return LevelQuality(
         utilisation=float((size_K > 0).mean()),
         entropy=entropy,
         perplexity=float(np.exp(entropy)),
         largest=float(size_K.max() / size_K.mean()),
+        largest_apart=float(apart_K.max() / apart_K.mean()),
         gini=gini,
         reconstruction=reconstruction,
     )

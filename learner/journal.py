@@ -6,7 +6,7 @@ floats depend on the order, and the ranges are all that is left of a step. Pure:
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from streams.control import LEARNING_ARM
@@ -103,6 +103,20 @@ def sort_out(taken: Iterable[Polled]) -> tuple[list[Polled], StepEntry]:
             entry.trained += 1
             chosen.append(polled)
     return chosen, entry
+
+
+def merged(by_rank: Sequence[list[StepEntry]]) -> list[StepEntry]:
+    """The entries of the steps that ranks made together, each rank's in the same order."""
+    return [
+        StepEntry(
+            ranges=sorted(place for part in parts for place in part.ranges),
+            trained=sum(part.trained for part in parts),
+            control=sum(part.control for part in parts),
+            without_target=sum(part.without_target for part in parts),
+            ranks=len(parts),
+        )
+        for parts in zip(*by_rank, strict=True)
+    ]
 
 
 def _learns(polled: Polled) -> bool:

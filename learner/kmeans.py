@@ -1,4 +1,4 @@
-"""k-means, one level: Lloyd's iterations on few points, and on growing samples of many.
+"""k-means, one level: Lloyd's iterations over all points, where there are many over a sample first.
 
 Notable choices
 - Up to `EXHAUSTIVE` pairs of points and centroids: k-means++ (Arthur and Vassilvitskii 2007) and
@@ -11,9 +11,9 @@ Notable choices
   seeds so far: k-means|| (Bahmani et al. 2012) with as many seeds as codes, so without its second
   clustering. k-means++ itself would take 8,192 rounds; on separate clusters, seeds drawn evenly
   left four times the error, on diffuse ones 1 % less.
-- Every decision rests on exact nearest centroids (learner/nearest.py) and float64 sums in a fixed
-  order, none on the rounding of a matrix product: the same seed gives the same centroids under
-  any number of threads and any BLAS. Only another build of NumPy may differ in its last digits.
+- The large way rests on exact nearest centroids (learner/nearest.py) and on float64 sums in a fixed
+  order, nowhere on the rounding of a matrix product: the same seed gives the same centroids under
+  any number of threads and any BLAS. The small way's iterations are SciPy's, which use BLAS.
 - The report gives utilisation 1.0 on all levels (arXiv 2506.13695), so no centroid stays idle: one
   that lost its points moves onto a point that is badly served.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learner.presets import Preset
+from learner.shared_attention import attend_shared, pays
 from streams.events import LEVELS
 
 _QUERY_START: Final = 0.2
@@ -60,7 +61,11 @@ class CrossAttention(Layer):
         )
         # Query heads that share a key head are further queries to it: no copies, any kernel.
         q = q.reshape(B, groups, heads // groups * k * P, D // heads)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=present_BN[:, None, None, :])
+        if pays(keys, values):
+            y = attend_shared(q, keys, present_BN)
+        else:
+            mask = present_BN[:, None, None, :]
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         y = y.reshape(B, heads, k * P, D // heads).transpose(1, 2).reshape(B, k, P, D)
         out: Tensor = self.cross_out(y)
         return out
@@ -173,7 +178,7 @@ class TargetSide(nn.Module):
             scale = _TIED_SCALE / self.preset.d_model**0.5
             # Narrowing the state is cheaper than widening the table.
             narrow = h_BkD @ self.widen.weight if isinstance(self.widen, nn.Linear) else h_BkD
-            logits_BkK = logits_BkK + narrow @ self.embeddings[level].T * scale
+            logits_BkK = logits_BkK + (narrow * scale) @ self.embeddings[level].T
         return logits_BkK
 
     def all_logits(self, h_BkLD: Tensor) -> Tensor:

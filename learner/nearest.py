@@ -91,14 +91,15 @@ class Nearest:
             best_n, first_n = _take_best(score_nU)
             next_n, second_n = _take_best(score_nU)
             third_n = score_nU.max(axis=1)
-            lead_n = self._pair_costs(points_ND[part], next_n)
-            lead_n -= self._pair_costs(points_ND[part], best_n)
             sure_n = (first_n - second_n > slack_n) & (second_n - third_n > slack_n)
             for rows in _pieces(np.flatnonzero(~sure_n), len(self._code_U)):
                 cost_nU = self._costs(points_ND[part][rows])
                 best_n[rows] = cost_nU.argmin(axis=1)
-                two_n2 = np.partition(cost_nU, 1, axis=1)[:, :2]
-                lead_n[rows] = two_n2[:, 1] - two_n2[:, 0]
+                cost_nU[np.arange(len(rows)), best_n[rows]] = np.inf
+                next_n[rows] = cost_nU.argmin(axis=1)
+            # Of either kind by the same sums, so that it does not matter which kind a point was.
+            lead_n = self._pair_costs(points_ND[part], next_n)
+            lead_n -= self._pair_costs(points_ND[part], best_n)
             code_N[part], lead_N[part] = self._code_U[best_n], np.maximum(lead_n, 0.0)
         return Two(code_N, lead_N)
 

@@ -23,14 +23,13 @@ from kafka import KafkaProducer
 from kafka.errors import InvalidProducerEpochError, KafkaError, ProducerFencedError
 
 from learner.checkpoint import Progress
-from learner.decoder import LazyDecoder
-from learner.policy import state_of
 from streams.clients import producer, records
 from streams.events import DeadLetter, UnreadableError, decode, encode
 from streams.topics import DEAD_LETTERS, WEIGHTS_ANCHORS
 from streams.weights import (
     Commit,
     Manifest,
+    State,
     StepEntry,
     digest_of,
     pack,
@@ -88,7 +87,7 @@ class Publisher:
 
     def publish(
         self,
-        model: LazyDecoder,
+        state: State,
         progress: Progress,
         codebook: str,
         journal: list[StepEntry],
@@ -96,12 +95,11 @@ class Publisher:
         named: set[int],
         letters: Sequence[DeadLetter] = (),
     ) -> Manifest:
-        """Publish `model` as `progress.version`; versions in `named` never expire.
+        """Publish `state` as `progress.version`; versions in `named` never expire.
 
         Raises `PublicationError` when the weights are not finite, this learner has been fenced, or Kafka refuses
         or has not answered for `PATIENCE_S`.
         """
-        state = state_of(model)
         for name, tensor in state.items():
             if not bool(abs(tensor).max() < float("inf")):
                 raise PublicationError(f"version {progress.version}: {name} is not finite")

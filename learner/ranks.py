@@ -27,8 +27,12 @@ from learner.context import Contexts
 from learner.decoder import LazyDecoder
 from streams.weights import State
 
-PATIENCE_S: Final = 60.0
-"""A rank that is not heard of for so long has died, and the others end."""
+PATIENCE_S: Final = 600.0
+"""A rank that is not heard of for so long hangs. One that dies is missed at once."""
+
+
+class RanksError(RuntimeError):
+    """The ranks have lost each other; the message says what would help."""
 
 
 class Network(nn.Module):
@@ -75,8 +79,23 @@ class Ranks:
         if self.world == 1:
             return [mine]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, mine)
+        try:
+            dist.all_gather_object(found, mine)
+        except RuntimeError as error:
+            raise (self.alone_again() if self.lost(error) else error) from None
         return found
+
+    def lost(self, error: BaseException) -> bool:
+        """Whether this is what torch says when another rank has gone."""
+        gloos = type(error) is RuntimeError and "gloo/transport" in str(error)
+        return self.world > 1 and (gloos or isinstance(error, dist.DistError))
+
+    def alone_again(self) -> RanksError:
+        """What to tell a user then."""
+        return RanksError(
+            f"rank {self.rank}: another of the {self.world} ranks of this learner has ended; its own log says why. "
+            "Start all of them again, as torchrun does with --max-restarts"
+        )
 
     def total(self, counts: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
@@ -98,6 +117,16 @@ class Ranks:
         table = model.context.users.weight
         fully_shard(network, mesh=mesh, ignored_params={table})  # type: ignore[arg-type]
         return network
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The norm of all gradients, summed in float64: so it is the same float32 however they are sharded."""
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        sharded = [each.to_local() for each in gradients if isinstance(each, DTensor)]
+        mine = sharded or gradients
+        squares = torch.stack([each.double().square().sum() for each in mine]).sum()
+        if sharded:
+            dist.all_reduce(squares)
+        return squares.sqrt().float()
 
     def total_rows(self, shares: Sequence[Tensor | None]) -> Tensor | None:
         """A table's sparse gradient: that of this process's shares and, averaged as torch does, of all ranks."""

@@ -129,8 +129,9 @@ def fit(
     balanced: float | None = None,
     tell: Tell | None = None,
 ) -> Codebooks:
-    """Fit codebooks of `codes` centroids a level; deterministic under `seed`, whatever the threads.
+    """Fit codebooks of `codes` centroids a level; deterministic under `seed`.
 
+    Large fits are so under any number of threads, small ones under the same (learner/kmeans.py).
     `balanced` bounds the items of a code to that many times their mean, on each level; equal ones
     count once. With fewer distinct residuals than codes the surplus centroids repeat the first one
     and are never assigned. Holds the residuals in float64 beside the embeddings. Raises

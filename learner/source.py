@@ -18,6 +18,7 @@ from prometheus_client import Counter
 
 from learner.catalogue import Catalogue, CatalogueError
 from learner.journal import Journal, Polled
+from learner.ranks import Ranks
 from streams.clients import consumer
 from streams.control import ControlState
 from streams.events import (
@@ -50,12 +51,23 @@ class SourceError(RuntimeError):
 class Source:
     """One reader; `open` before the rest."""
 
-    def __init__(self, kafka: KafkaSettings, journal: Journal, codes: int) -> None:
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        journal: Journal,
+        codes: int,
+        ranks: Ranks,
+    ) -> None:
+        """Of `samples` it reads the partitions that this rank owns."""
         self.control = ControlState()
         self.catalogue = Catalogue(codes)
         self._journal = journal
         self._bootstrap = kafka.bootstrap
-        self._samples = [TopicPartition(SAMPLES, number) for number in range(kafka.partitions)]
+        self._samples = [
+            TopicPartition(SAMPLES, number)
+            for number in range(kafka.partitions)
+            if ranks.owns(number)
+        ]
         self._letters: list[DeadLetter] = []
         self._client: KafkaConsumer | None = None
 

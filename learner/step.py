@@ -17,7 +17,7 @@ from learner.batch import Batch
 from learner.decoder import LazyDecoder
 from learner.masking import masked_log_softmax
 from learner.objectives import OBJECTIVES, divergence, entropy, mean_over, pull, supervised
-from learner.ranks import Ranks, whole
+from learner.ranks import Ranks
 from learner.settings import LearnSettings
 
 
@@ -82,7 +82,8 @@ class Trainer:
             rows.append(self.table.grad)
             self.table.grad = None
         self.table.grad = self.ranks.total_rows(rows)
-        norm = whole(nn.utils.clip_grad_norm_(self.dense, self.settings.clip))
+        norm = self.ranks.norm(self.dense)
+        nn.utils.clip_grads_with_norm_(self.dense, self.settings.clip, norm)
         self.dense_optimiser.step()
         self.row_optimiser.step()  # type: ignore[no-untyped-call]
         self.model.balance(self.ranks.total)

@@ -7,7 +7,7 @@ same number of threads (contract of the policy, "Versions").
 
 from collections.abc import Container, Sequence
 
-from learner.batch import assemble
+from learner.batch import Batch, assemble
 from learner.catalogue import Catalogue
 from learner.journal import Polled, sort_out
 from learner.step import StepMetrics, Trainer
@@ -20,10 +20,11 @@ class JournalError(ValueError):
 
 
 def train(trainer: Trainer, samples: list[Sample], catalogue: Catalogue) -> StepMetrics | None:
-    """One update on `samples`; raises `ValueError` or `LookupError`, and changes nothing, if one is of no use."""
-    preset = trainer.model.preset
-    batch = assemble(samples, catalogue.valid, preset.context, trainer.model.user_rows)
-    return trainer.step(batch)
+    """One update on `samples`; raises `ValueError` or `LookupError`, and changes nothing, if one is of no use.
+
+    With several ranks these are the samples of this one, none perhaps, and all must ask.
+    """
+    return trainer.step(_batch(trainer, samples, catalogue))
 
 
 def train_again(
@@ -48,9 +49,18 @@ def train_again(
             f"the step over {entry.ranges} trained on, set aside as control, and found without target {noted} "
             f"samples, the log has {there}"
         )
-    samples = [one.sample for one in usable if one.sample is not None]
-    if samples:
-        try:
-            train(trainer, samples, catalogue)
-        except (ValueError, LookupError) as error:
-            raise JournalError(f"the step over {entry.ranges}: {error}") from None
+    if not usable:
+        return
+    of_rank: list[list[Sample]] = [[] for _ in range(entry.ranks)]
+    for one in usable:
+        if one.sample is not None:
+            of_rank[one.partition % entry.ranks].append(one.sample)
+    try:
+        trainer.step(*(_batch(trainer, samples, catalogue) for samples in of_rank))
+    except (ValueError, LookupError) as error:
+        raise JournalError(f"the step over {entry.ranges}: {error}") from None
+
+
+def _batch(trainer: Trainer, samples: list[Sample], catalogue: Catalogue) -> Batch:
+    preset = trainer.model.preset
+    return assemble(samples, catalogue.valid, preset.context, trainer.model.user_rows)

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from learner.checkpoint import CheckpointError, differing, load, to_bytes
 from learner.recovery import RunLog, follow, manifests_after
-from learner.run import CHECKPOINTS
 from learner.update import JournalError
+from learner.versions import CHECKPOINTS
 from ops.cluster import visited
 from ops.config import Config
 from ops.errors import UserError

@@ -150,10 +150,11 @@ def insights(common: Common, metrics_port: MetricsPort = 0) -> None:
 
 @command
 def learner(common: Common, start_from: StartFrom = None, metrics_port: MetricsPort = 0) -> None:
-    """Learn from samples, and publish weights."""
+    """Learn from samples, and publish weights; under torchrun as one of several ranks."""
     config = common.load_with_kafka()
     from learner.checkpoint import CheckpointError
     from learner.publication import PublicationError
+    from learner.ranks import Ranks
     from learner.run import Learner, LearnerError
     from ops.start import Start
 
@@ -161,11 +162,14 @@ def learner(common: Common, start_from: StartFrom = None, metrics_port: MetricsP
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     _serve_metrics(metrics_port)
-    role = Learner(config.kafka, config.policy, config.learn, Path(config.storage.data_dir))
+    ranks = Ranks.join()
     try:
+        data_dir = Path(config.storage.data_dir)
+        role = Learner(config.kafka, config.policy, config.learn, data_dir, ranks)
         role.start(None if start_from is None else Start.at(start_from).policy)
         role.run(stopped)
         role.close()
+        ranks.leave()
     except (LearnerError, CheckpointError, PublicationError) as error:
         raise UserError(f"{error}.") from None
 

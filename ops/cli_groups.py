@@ -4,7 +4,7 @@ import signal
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -105,6 +105,25 @@ def tokeniser(
     from ops.bench_tokeniser import run
 
     raise typer.Exit(run(config, items, codes, seed, json))
+
+
+@partial(command, group=bench)
+def decoder(
+    common: Common,
+    preset: Annotated[str, typer.Option(help="Size of all architectures.")] = "small",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch; else policy.threads.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each architecture.")] = 3,
+    json: JsonFile = None,
+) -> None:
+    """Time, compute and memory of the lazy decoder beside an encoder-decoder and a naive decoder."""
+    config = common.load()
+    require_writable(json)
+    from ops.bench_decoder import run
+
+    raise typer.Exit(run(config, preset, device, threads, repeats, json))
 
 
 @partial(command, group=eval_)

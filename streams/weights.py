@@ -33,6 +33,8 @@ class StepEntry(msgspec.Struct, kw_only=True):
     control: int
     without_target: int
     condemned: int = 0
+    ranks: int = 1
+    """Processes that shared the step: rank r took the partitions p with p % ranks = r."""
 
 
 class TensorSchema(msgspec.Struct, kw_only=True):

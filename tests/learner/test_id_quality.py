@@ -21,6 +21,9 @@ def test_the_figures_of_ids_counted_by_hand() -> None:
     assert second.entropy == pytest.approx(np.log(2))
     assert third.perplexity == 1.0
     assert (first.largest, second.largest, third.largest) == (1.5, 1.0, 2.0)
+    # Of [0], [0], [11], [1]; then of 0, 0, 1, 1; then of 0 four times.
+    assert first.largest_apart == pytest.approx(2 / 1.5)
+    assert (second.largest_apart, third.largest_apart) == (1.0, 2.0)
     assert (first.gini, second.gini, third.gini) == (0.25, 0.0, 0.5)
     # The mean is 3, the squares of the deviations 9 + 9 + 64 + 4.
     assert first.reconstruction == pytest.approx(2 / 86)

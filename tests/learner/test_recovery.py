@@ -14,8 +14,9 @@ from learner.checkpoint import differing, to_bytes
 from learner.journal import Polled
 from learner.policy import state_of
 from learner.recovery import ADOPTED, manifests_after
-from learner.run import CHECKPOINTS, Learner, LearnerError
+from learner.run import Learner, LearnerError
 from learner.update import JournalError, train_again
+from learner.versions import CHECKPOINTS
 from storage.checkpoints import Checkpoints
 from streams.topics import SAMPLES
 from streams.weights import Manifest, StepEntry, digest_of

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from learner.run import CHECKPOINTS
+from learner.versions import CHECKPOINTS
 from storage.checkpoints import Checkpoints
 from tests.ops.small_demo import SMALL, demo_with_kills, dwell
 

@@ -44,13 +44,13 @@ def test_a_small_run_measures_all_and_passes() -> None:
     [
         ("fitted", ("level_2", "utilisation"), 0.99, "utilisation, the least of a level"),
         ("one_item", ("different",), 1, "one_item.different"),
-        ("balanced", ("level_3", "largest"), 1.51, "balanced, largest of a level"),
+        ("balanced", ("level_3", "largest_apart"), 1.51, "balanced, largest_apart of a level"),
     ],
 )
 def test_a_figure_that_is_wrong_fails_its_check(
     part: str, figure: tuple[str, ...], value: float, failed: str
 ) -> None:
-    level = {"utilisation": 1.0, "largest": 1.5}
+    level = {"utilisation": 1.0, "largest_apart": 1.5}
     levels = {f"level_{number}": dict(level) for number in (1, 2, 3)}
     results = {
         "fitted": {name: dict(of) for name, of in levels.items()},
