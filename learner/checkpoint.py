@@ -1,6 +1,7 @@
 """What a checkpoint holds, and how it becomes bytes: weights, optimisers, random state, offsets, codebooks.
 
-One safetensors file: tensors by name, everything else as JSON in its header. Nothing is unpickled.
+One safetensors file: tensors by name, everything else as JSON in its header; or, where ranks hold shards, a folder of
+such files (learner/sharded.py). Nothing is unpickled.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor
 
+from learner import sharded
 from learner.policy import build
 from learner.ranks import Ranks, like, whole
 from learner.semantic_ids import Codebooks
@@ -43,23 +45,38 @@ class Progress:
 
 
 def to_bytes(trainer: Trainer, progress: Progress, codebooks: Codebooks) -> bytes:
-    """The checkpoint's content, the same on all ranks; all must ask."""
-    tensors: dict[str, Tensor] = {
-        f"model.{name}": whole(value.detach()).clone()
+    """A whole checkpoint's content, the same on all ranks; all must ask."""
+    return save(
+        {name: whole(value).contiguous() for name, value in _tensors(trainer, codebooks).items()},
+        metadata={FORMAT: _note(progress)},  # one key: safetensors writes several in any order
+    )
+
+
+def to_folder(
+    folder: Path, trainer: Trainer, progress: Progress, codebooks: Codebooks, ranks: Ranks
+) -> None:
+    """A sharded checkpoint, each rank its shards; all must ask. Raises `OSError`."""
+    sharded.write(folder, _tensors(trainer, codebooks), _note(progress), ranks)
+
+
+def _tensors(trainer: Trainer, codebooks: Codebooks) -> dict[str, Tensor]:
+    """Copies of all that a checkpoint holds, of shards where this rank has those."""
+    tensors = {
+        f"model.{name}": value.detach().clone()
         for name, value in trainer.model.state_dict().items()
     }
     for prefix, optimiser in _optimisers(trainer):
         for index, values in optimiser.state_dict()["state"].items():
             for name, value in values.items():
-                tensors[f"{prefix}.{index}.{name}"] = whole(torch.as_tensor(value)).clone()
+                tensors[f"{prefix}.{index}.{name}"] = torch.as_tensor(value).clone()
     for name, array in codebooks.to_tensors().items():
         tensors[f"codebooks.{name}"] = torch.from_numpy(array)
     tensors["random_state"] = torch.get_rng_state()
-    note = msgspec.json.encode(progress).decode()
-    return save(
-        {name: value.contiguous() for name, value in tensors.items()},
-        metadata={FORMAT: note},  # one key: safetensors writes several in any order
-    )
+    return tensors
+
+
+def _note(progress: Progress) -> str:
+    return msgspec.json.encode(progress).decode()
 
 
 def load(path: Path, settings: LearnSettings, lr: float) -> tuple[Trainer, Progress, Codebooks]:
@@ -80,6 +97,31 @@ def shared(
     return _restored(load_tensors(content), note, settings, lr, ranks)
 
 
+def load_shards(
+    folder: Path, settings: LearnSettings, lr: float, ranks: Ranks
+) -> tuple[Trainer, Progress, Codebooks]:
+    """The learner from a sharded checkpoint, each rank its own part; all must ask. Raises `CheckpointError`."""
+    try:
+        progress = msgspec.json.decode(sharded.note_of(folder), type=Progress)
+        trainer = Trainer(
+            build(progress.preset, progress.codes, progress.user_rows), settings, lr, ranks
+        )
+        tensors = sharded.empty(folder)
+        for name, value in trainer.model.state_dict().items():
+            tensors[f"model.{name}"] = value
+        for prefix, optimiser in _optimisers(trainer):
+            for index, parameter in enumerate(_parameters(optimiser)):
+                for key in ("exp_avg", "exp_avg_sq"):
+                    if (name := f"{prefix}.{index}.{key}") in tensors:
+                        tensors[name] = torch.zeros_like(parameter)
+        sharded.read(folder, tensors, ranks)
+        _set(trainer, tensors)
+        codebooks = _codebooks(tensors)
+    except (ValueError, RuntimeError, TypeError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{folder}: {_in_one_line(error)}") from None
+    return trainer, progress, codebooks
+
+
 def _restored(
     tensors: dict[str, Tensor], note: str, settings: LearnSettings, lr: float, ranks: Ranks
 ) -> tuple[Trainer, Progress, Codebooks]:
@@ -87,14 +129,22 @@ def _restored(
     model = build(progress.preset, progress.codes, progress.user_rows)
     model.load_state_dict(_under("model", tensors))
     trainer = Trainer(model, settings, lr, ranks)
+    _set(trainer, tensors)
+    return trainer, progress, _codebooks(tensors)
+
+
+def _set(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    """Optimisers and random state."""
     for prefix, optimiser in _optimisers(trainer):
         _restore(optimiser, prefix, _under(prefix, tensors))
-    books = {name: value.numpy() for name, value in _under("codebooks", tensors).items()}
-    codebooks = Codebooks.from_tensors(books)
     if "random_state" not in tensors:
         raise ValueError("the random state is missing")
     torch.set_rng_state(tensors["random_state"])
-    return trainer, progress, codebooks
+
+
+def _codebooks(tensors: dict[str, Tensor]) -> Codebooks:
+    books = {name: value.numpy() for name, value in _under("codebooks", tensors).items()}
+    return Codebooks.from_tensors(books)
 
 
 def differing(path: Path, content: bytes) -> list[str]:
@@ -109,7 +159,14 @@ def differing(path: Path, content: bytes) -> list[str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, and the note of progress."""
+    """Tensors by name, whole, and the note of progress."""
+    if path.is_dir():
+        try:
+            tensors = sharded.empty(path)
+            sharded.read(path, tensors, Ranks())
+            return tensors, sharded.note_of(path)
+        except sharded.ShardsError as error:
+            raise CheckpointError(f"{path}: {_in_one_line(error)}") from None
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
@@ -122,7 +179,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _restore(optimiser: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
     """Set an optimiser's moments; torch itself would take any, and fail or go astray in the next step."""
-    parameters = [value for group in optimiser.param_groups for value in group["params"]]
+    parameters = _parameters(optimiser)
     state: dict[int, dict[str, Tensor | int]] = {}
     for name, value in tensors.items():
         place, _, key = name.partition(".")
@@ -143,6 +200,10 @@ def _restore(optimiser: torch.optim.Optimizer, prefix: str, tensors: dict[str, T
             values[key] = like(torch.as_tensor(values[key]), parameters[index])
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for group in optimiser.param_groups for value in group["params"]]
 
 
 def fits(path: Path, progress: Progress, policy: PolicySettings) -> None:

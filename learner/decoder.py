@@ -94,16 +94,17 @@ class ContextProcessor(nn.Module):
         users_B, codes_BTL, features_BTF, _ = contexts
         length = codes_BTL.shape[1]
         split = max(0, length - self.preset.short) if self.preset.short else 0
-        behaviours_BTC = self.codes(_embedded(codes_BTL[:, split:], embeddings)) + self.features(
-            features_BTF[:, split:]
-        )
+        latest = (slice(split, None), self.codes, self.features)
+        parts = [latest]
         if split:
-            long_BTC = self.long_codes(_embedded(codes_BTL[:, :split], embeddings))
-            long_BTC = long_BTC + self.long_features(features_BTF[:, :split])
-            behaviours_BTC = torch.cat([long_BTC, behaviours_BTC], dim=1)
-        behaviours_BTC = behaviours_BTC + self.positions[self.preset.context - length :]
-        static_B1C = self.static(self.users(users_B)).unsqueeze(1)
-        return torch.cat([static_B1C, behaviours_BTC], dim=1)
+            parts = [(slice(split), self.long_codes, self.long_features), latest]
+        positions_TC = self.positions[self.preset.context - length :]
+        mapped = [self.static(self.users(users_B)).unsqueeze(1)]
+        for rows, code_map, feature_map in parts:
+            part_BTC = code_map(_embedded(codes_BTL[:, rows], embeddings))
+            part_BTC += feature_map(features_BTF[:, rows])  # in place: contexts are large
+            mapped.append(part_BTC + positions_TC[rows])
+        return torch.cat(mapped, dim=1)
 
     def _heads(self, x_BNC: Tensor) -> Tensor:
         B, N, _ = x_BNC.shape

@@ -147,7 +147,7 @@ def whole(value: Tensor) -> Tensor:
 
 def like(value: Tensor, other: Tensor) -> Tensor:
     """A whole tensor, sharded as another is."""
-    if isinstance(other, DTensor):
+    if isinstance(other, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value, other.device_mesh, other.placements)
     return value
 

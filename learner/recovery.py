@@ -14,6 +14,7 @@ import logging
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kafka import TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
@@ -60,6 +61,8 @@ class Resumed:
     trainer: Trainer
     progress: Progress
     codebooks: Codebooks
+    path: Path | None = None
+    """The checkpoint that holds just this."""
 
 
 @dataclass
@@ -177,7 +180,7 @@ def resume(
     for version in reversed(checkpoints.versions()):
         path = checkpoints.path(version)
         try:
-            found = Resumed(*load(path, settings, settings.lr))
+            found = Resumed(*load(path, settings, settings.lr), path)
         except CheckpointError as error:
             log.warning("checkpoint skipped: %s", error)
             continue
@@ -201,6 +204,7 @@ def _caught_up(
     found: Resumed, last: Manifest, kafka: KafkaSettings, settings: LearnSettings
 ) -> Resumed:
     """From an older checkpoint to `last`, by its journals or by its weights."""
+    found.path = None
     began = found.progress.version
     manifests = manifests_after(kafka.bootstrap, began)
     before = found.progress.steps

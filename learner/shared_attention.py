@@ -35,7 +35,7 @@ def pays(keys_BGNd: Tensor, values_BGNd: Tensor) -> bool:
 
 def attend_shared(q_BGXd: Tensor, keys_BGNd: Tensor, present_BN: Tensor) -> Tensor:
     """What the queries read, `[B, G, X, d]`; positions that are not present are not seen, one must be."""
-    read_BGXd: Tensor = _Shared.apply(q_BGXd, keys_BGNd, present_BN)  # type: ignore[no-untyped-call]
+    read_BGXd: Tensor = _Shared.apply(q_BGXd, keys_BGNd, present_BN)
     return read_BGXd
 
 
@@ -46,7 +46,8 @@ class _Shared(torch.autograd.Function):
         scores_BGXN = (q_BGXd * ctx.scale) @ keys_BGNd.mT
         shares_BGXN = scores_BGXN.masked_fill_(~present_BN[:, None, None, :], -torch.inf).softmax(-1)
         ctx.save_for_backward(q_BGXd, keys_BGNd, shares_BGXN)
-        return shares_BGXN @ keys_BGNd
+        read_BGXd: Tensor = shares_BGXN @ keys_BGNd
+        return read_BGXd
 
     @staticmethod
     @once_differentiable

@@ -17,7 +17,7 @@ from typing import Final
 
 from prometheus_client import Gauge, Histogram
 
-from learner.checkpoint import fits, load, shared, to_bytes
+from learner.checkpoint import fits, load, load_shards, shared, to_bytes, to_folder
 from learner.publication import Publisher
 from learner.ranks import Ranks, gathered
 from learner.recovery import Resumed, resume
@@ -62,11 +62,7 @@ class Versions:
         """
         found = self._first(policy, start_from) if self._ranks.rank == 0 else None
         if self._ranks.world > 1:
-            content = (
-                None if found is None else to_bytes(found.trainer, found.progress, found.codebooks)
-            )
-            content = self._ranks.everyone(content)[0]
-            found = Resumed(*shared(content, self._learn, self._learn.lr, self._ranks))
+            found = self._told(found)
         assert found is not None
         VERSION.set(found.progress.version)
         return found
@@ -83,13 +79,13 @@ class Versions:
         Raises `StartError` when the disk is full, and `PublicationError`.
         """
         with PUBLISH_SECONDS.time():
-            if self._publisher is None and not self._learn.shard:
+            sharded = self._learn.shard and self._ranks.world > 1
+            if self._publisher is None and not sharded:
                 return
-            content = to_bytes(learner.trainer, learner.progress, learner.codebooks)
+            self._keep(learner, sharded)
             state = gathered(learner.trainer.model)
             if self._publisher is None:
                 return
-            self._keep(learner.progress.version, content)
             codebook, now_ms = learner.codebooks.digest(), int(time.time() * 1000)
             manifest = self._publisher.publish(
                 state, learner.progress, codebook, entries, now_ms, named, letters
@@ -117,7 +113,7 @@ class Versions:
         if last is None:
             path = self._checked(start_from)
             found = Resumed(*load(path, self._learn, self._learn.lr))
-            found.progress.version = 0
+            found.progress.version = 0  # its own number is of no lineage yet
         else:
             path = self._checkpoints.path(last.version)
             found = resume(self._checkpoints, last, self._kafka, self._learn)
@@ -135,9 +131,35 @@ class Versions:
             )
         return start_from
 
-    def _keep(self, version: int, content: bytes) -> None:
+    def _told(self, found: Resumed | None) -> Resumed:
+        """What the first rank found, on each of several: read from its shards, or as the first tells it."""
+        message: Path | bytes | None = None
+        if found is not None:
+            in_shards = found.path is not None and found.path.is_dir()
+            whole = None if in_shards else to_bytes(found.trainer, found.progress, found.codebooks)
+            message = found.path if in_shards else whole
+        message = self._ranks.everyone(message)[0]
+        settings, lr = self._learn, self._learn.lr
+        if isinstance(message, Path):
+            return Resumed(*load_shards(message, settings, lr, self._ranks))
+        assert message is not None
+        return Resumed(*shared(message, settings, lr, self._ranks))
+
+    def _keep(self, learner: Resumed, sharded: bool) -> None:
+        """Write the checkpoint, each rank its shards where they have some; all must ask."""
+        version, first = learner.progress.version, self._ranks.rank == 0
+        parts = learner.trainer, learner.progress, learner.codebooks
         try:
-            self._checkpoints.write(version, content)
+            if sharded:
+                folder = self._ranks.everyone(self._checkpoints.aside(version) if first else None)[
+                    0
+                ]
+                to_folder(folder, *parts, self._ranks)
+                self._ranks.everyone(None)  # all shards are written
+                if first:
+                    self._checkpoints.place(version)
+            else:
+                self._checkpoints.write(version, to_bytes(*parts))
         except OSError as error:
             raise StartError(
                 f"checkpoint {self._checkpoints.path(version)} cannot be written ({error.strerror}): version "

@@ -90,7 +90,7 @@ def test_many_points_and_codes_agree_with_the_plain_comparison() -> None:
     assert np.allclose(two.lead_N, cost[:, 1] - cost[:, 0], rtol=0, atol=1e-10)
 
 
-def test_a_common_offset_does_not_make_every_point_a_doubtful_one(
+def test_neither_an_offset_nor_repeated_centroids_put_every_point_in_doubt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is in doubt is compared plainly, a hundred times slower: it must stay rare."""
@@ -104,10 +104,12 @@ def test_a_common_offset_does_not_make_every_point_a_doubtful_one(
     monkeypatch.setattr("learner.nearest.cdist", counting)
     rng = np.random.default_rng(2)
     table = 100.0 + rng.normal(size=(512, 32))
+    table[256:] = table[:256]
     points = 100.0 + rng.normal(size=(20_000, 32))
     points[7] = (table[1] + table[2]) / 2 + 1e3
-    Nearest(table).code(points)
+    code = Nearest(table).code(points)
     assert 0 < compared < 100
+    assert code.max() < 256
 
 
 def test_the_search_without_its_bound_on_rounding_would_be_wrong() -> None:

@@ -12,7 +12,9 @@ from learner.checkpoint import load
 from learner.ranks import Ranks
 from learner.recovery import RunLog, follow
 from learner.run import Learner, LearnerError, share_out
+from learner.versions import CHECKPOINTS
 from ops.up import free_port
+from storage.checkpoints import Checkpoints
 from streams.weights import Manifest
 from tests.learner.cluster import published
 from tests.learner.lineage import (
@@ -69,12 +71,10 @@ def made_again(lineage: Lineage) -> int:
     return count
 
 
-@pytest.mark.parametrize("held", ["copy", "shard"])
-def test_two_ranks_share_the_partitions_and_one_goes_on_after_them(
-    lineage: Lineage, held: str
-) -> None:
+def test_two_ranks_share_the_partitions_and_one_goes_on_after_them(lineage: Lineage) -> None:
+    """With shards; the checkpoints of two are read by two, and by one."""
     lineage.write(lineage.samples(24, seed=1))
-    with two(lineage, held) as ranks:
+    with two(lineage, "shard") as ranks:
         until(lambda: taken(lineage) >= 24 or any(rank.poll() is not None for rank in ranks))
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
@@ -83,11 +83,16 @@ def test_two_ranks_share_the_partitions_and_one_goes_on_after_them(
     steps = [entry for manifest in manifests(lineage) for entry in manifest.journal]
     assert {entry.ranks for entry in steps} == {2}
     assert any(len({partition for partition, _, _ in entry.ranges}) == 2 for entry in steps)
+    last = Checkpoints(lineage.data_dir / CHECKPOINTS).path(len(manifests(lineage)))
+    assert last.is_dir()
+    lineage.write(lineage.samples(8, seed=2))
+    with two(lineage, "shard"):  # from what two left behind
+        until(lambda: taken(lineage) >= 32)
+    lineage.write(lineage.samples(8, seed=3))
     with lineage.started(HASTY) as learner:
-        lineage.write(lineage.samples(8, seed=2))
-        versions = learn(learner, lineage, 32)
+        versions = learn(learner, lineage, 40)
     assert [manifest.version for manifest in versions] == list(range(1, len(versions) + 1))
-    assert accounted(versions) == {"trained": 32, "control": 0, "without_target": 0}
+    assert accounted(versions) == {"trained": 40, "control": 0, "without_target": 0}
     assert made_again(lineage) == len(versions)
 
 

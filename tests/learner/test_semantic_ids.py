@@ -36,6 +36,47 @@ def test_each_level_explains_part_of_what_the_levels_before_left() -> None:
     assert errors[2] < 0.9 * errors[1]
 
 
+@pytest.mark.parametrize(
+    ("items", "codes", "error"),
+    [(3000, 32, (0.19459, 0.13555, 0.09379)), (4000, 256, (0.14239, 0.06924, 0.03346))],
+)
+def test_small_catalogues_are_reconstructed_as_well_as_by_whole_iterations(
+    items: int, codes: int, error: tuple[float, float, float]
+) -> None:
+    """The figures are of k-means++ and 25 iterations over all items in float64, seed 1."""
+    points = blobs(items, 16)
+    books = fit(points, codes, seed=1)
+    sids = books.assign(points)
+    deviation = float(((points - points.mean(0)) ** 2).sum())
+    for levels, whole in enumerate(error, 1):
+        left = float(((points - reconstruction(books, sids, levels)) ** 2).sum())
+        assert left / deviation < 1.005 * whole
+
+
+def test_the_decoded_is_the_sum_of_the_first_codes_centroids() -> None:
+    books = fit(blobs(300, 8), 8, seed=1)
+    sids = books.assign(blobs(20, 8))
+    for levels in (1, 2, 3):
+        assert np.array_equal(books.decode(sids, levels), reconstruction(books, sids, levels))
+
+
+def test_a_catalogue_is_assigned_across_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = blobs(500, 8)
+    books = fit(points, 16, seed=1)
+    whole = books.assign(points)
+    monkeypatch.setattr("learner.semantic_ids._PIECE", 33)
+    assert np.array_equal(books.assign(points), whole)
+    assert fit(points, 16, seed=1).digest() == books.digest()
+
+
+def test_progress_is_told_level_by_level() -> None:
+    told: list[tuple[str, int, int]] = []
+    fit(blobs(300, 4), 8, seed=1, balanced=1.5, tell=lambda *one: told.append(one))
+    assert [what for what, *_ in told if "balance" not in what] == ["level 1", "level 2", "level 3"]
+    assert any(what == "level 2, balance" for what, *_ in told)
+    assert all(0 < done <= in_all for _, done, in_all in told)
+
+
 def test_a_code_is_the_nearest_centroid_of_the_residual() -> None:
     points = blobs(300, 8)
     books = fit(points, 8, seed=1)
@@ -122,6 +163,10 @@ def test_unusable_embeddings_are_refused_by_name(points: NDArray[np.float64], re
 def test_embeddings_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match="width 5, the codebooks read 4"):
         fit(blobs(50, 4), 4, seed=0).assign(np.zeros((1, 5)))
+
+
+def test_no_items_get_no_ids() -> None:
+    assert fit(blobs(50, 4), 4, seed=0).assign(np.zeros((0, 4))).shape == (0, 3)
 
 
 def test_a_catalogue_is_tokenised_within_seconds() -> None:

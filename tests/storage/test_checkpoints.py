@@ -75,6 +75,29 @@ def test_what_a_dead_process_left_half_written_is_no_version_and_is_removed(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_shards_written_aside_are_a_version_once_they_are_put_in_place(kept: Checkpoints) -> None:
+    for name in ("one", "two"):
+        (kept.aside(6) / "lost").write_text(name)
+    kept.place(6)
+    (kept.aside(6) / "shard").write_text("mine")
+    kept.place(6)
+    assert kept.versions() == [1, 2, 3, 4, 5, 6]
+    assert [file.name for file in kept.path(6).iterdir()] == ["shard"]
+
+
+def test_shards_are_pruned_discarded_and_replaced_like_files(kept: Checkpoints) -> None:
+    for version in (2, 6, 7):
+        (kept.aside(version) / "shard").write_text("mine")
+        kept.place(version)
+    (kept.aside(8) / "shard").write_text("cut short")
+    assert kept.discard_after(6) == [7]
+    assert sorted(path.name for path in kept.path(6).parent.iterdir())[-1] == "v00000006.sharded"
+    kept.write(6, b"whole")
+    assert kept.path(6).read_bytes() == b"whole"
+    kept.prune(1)
+    assert [path.name for path in kept.path(6).parent.iterdir()] == ["v00000006.safetensors"]
+
+
 def test_a_write_that_fails_leaves_the_old_content(
     kept: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
