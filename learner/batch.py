@@ -27,6 +27,16 @@ class Batch(NamedTuple):
     temperature_B: Tensor
     targets: Targets
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return Batch(
+            Contexts(*(part.to(device) for part in self.contexts)),
+            self.sids_BkL.to(device),
+            self.mask_BkLK.to(device),
+            self.temperature_B.to(device),
+            Targets(*(part.to(device) for part in self.targets)),
+        )
+
 
 def assemble(samples: list[Sample], valid: ValidIds, context_length: int, user_rows: int) -> Batch:
     """Tensors of `samples`, of which there may be none; `ValueError` when a target is not in its request's tree."""

@@ -79,11 +79,13 @@ def _note(progress: Progress) -> str:
     return msgspec.json.encode(progress).decode()
 
 
-def load(path: Path, settings: LearnSettings, lr: float) -> tuple[Trainer, Progress, Codebooks]:
-    """The learner as it was; raises `CheckpointError` naming the file."""
+def load(
+    path: Path, settings: LearnSettings, lr: float, ranks: Ranks | None = None
+) -> tuple[Trainer, Progress, Codebooks]:
+    """The learner as it was, in one process; raises `CheckpointError` naming the file."""
     tensors, note = _read(path)
     try:
-        return _restored(tensors, note, settings, lr, Ranks())
+        return _restored(tensors, note, settings, lr, ranks or Ranks())
     except (ValueError, RuntimeError, TypeError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{path}: {_in_one_line(error)}") from None
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learner.presets import Preset
-from learner.shared_attention import attend_shared, pays
 from streams.events import LEVELS
 
 _QUERY_START: Final = 0.2
@@ -61,11 +60,7 @@ class CrossAttention(Layer):
         )
         # Query heads that share a key head are further queries to it: no copies, any kernel.
         q = q.reshape(B, groups, heads // groups * k * P, D // heads)
-        if pays(keys, values):
-            y = attend_shared(q, keys, present_BN)
-        else:
-            mask = present_BN[:, None, None, :]
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=present_BN[:, None, None, :])
         y = y.reshape(B, heads, k * P, D // heads).transpose(1, 2).reshape(B, k, P, D)
         out: Tensor = self.cross_out(y)
         return out

@@ -51,19 +51,36 @@ class Network(nn.Module):
 class Ranks:
     """This process among the processes of a learner."""
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, rank: int = 0, world: int = 1, device: str = "cpu") -> None:
         self.rank = rank
         self.world = world
+        self.device = torch.device(device)
 
     @classmethod
-    def join(cls) -> "Ranks":
-        """Meet the ranks that torchrun started; alone without it."""
+    def join(cls, device: str = "cpu") -> "Ranks":
+        """Meet the ranks that torchrun started; alone without it.
+
+        `device` is that of `learn.device`. Raises `RanksError` where there is no such.
+        """
+        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        if on_gpu and not torch.cuda.is_available():
+            raise RanksError(
+                "learn.device is cuda, but torch finds no GPU here: install a driver and torch's CUDA build, or set "
+                "learn.device to auto or cpu"
+            )
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
         if not dist.is_torchelastic_launched() and "WORLD_SIZE" not in os.environ:
-            return cls()
+            return cls(device=device)
+        if on_gpu:
+            torch.cuda.set_device(device)
         if not dist.is_initialized():
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            backend = "nccl" if on_gpu else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_S))
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def alone(self) -> "Ranks":
+        """This process by itself, where it is."""
+        return Ranks(device=str(self.device))
 
     def leave(self) -> None:
         """Part from the others."""
@@ -111,7 +128,7 @@ class Ranks:
         if not shard:
             network._ddp_params_and_buffers_to_ignore = ["model.context.users.weight"]  # type: ignore[assignment]
             return DistributedDataParallel(network, forward_sync_buffers=False)
-        mesh = init_device_mesh(next(model.parameters()).device.type, (self.world,))
+        mesh = init_device_mesh(self.device.type, (self.world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         table = model.context.users.weight

@@ -24,6 +24,7 @@ from learner.catalogue import Catalogue, CatalogueError
 from learner.checkpoint import CheckpointError, Progress, load
 from learner.journal import Polled
 from learner.policy import load_state, state_of
+from learner.ranks import Ranks
 from learner.semantic_ids import Codebooks
 from learner.settings import LearnSettings
 from learner.step import Trainer
@@ -170,9 +171,13 @@ def manifests_after(bootstrap: str, version: int) -> list[Manifest]:
 
 
 def resume(
-    checkpoints: Checkpoints, last: Manifest, kafka: KafkaSettings, settings: LearnSettings
+    checkpoints: Checkpoints,
+    last: Manifest,
+    kafka: KafkaSettings,
+    settings: LearnSettings,
+    ranks: Ranks,
 ) -> Resumed:
-    """The learner at version `last`, from the newest checkpoint that leads there.
+    """The learner at version `last`, in one process, from the newest checkpoint that leads there.
 
     Raises `RecoveryError` when none does, and `UnreadableError` where the log cannot be understood.
     """
@@ -180,7 +185,7 @@ def resume(
     for version in reversed(checkpoints.versions()):
         path = checkpoints.path(version)
         try:
-            found = Resumed(*load(path, settings, settings.lr), path)
+            found = Resumed(*load(path, settings, settings.lr, ranks), path)
         except CheckpointError as error:
             log.warning("checkpoint skipped: %s", error)
             continue
@@ -225,7 +230,7 @@ def _caught_up(
     ADOPTED.inc()
     log.warning("%s: adopting the published weights, with fresh optimisers", why)
     load_state(found.trainer.model, _published(kafka.bootstrap, last))
-    trainer = Trainer(found.trainer.model, settings, settings.lr)
+    trainer = Trainer(found.trainer.model, settings, settings.lr, found.trainer.ranks)
     return Resumed(trainer, _at(found.progress, began, manifests, last), found.codebooks)
 
 

@@ -52,6 +52,8 @@ class LearnSettings:
     """Warn when the policy has moved further than this from what was served (KL, nats a level)."""
     seed: Whole = 7
     """Seed of initial weights and of everything random in training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner computes; auto is a GPU where there is one."""
     shard: bool = False
     """With several ranks: shard the dense part (FSDP2) instead of holding all of it on each (DDP)."""
     keep_checkpoints: Count = 3

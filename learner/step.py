@@ -56,9 +56,9 @@ class Trainer:
     def __init__(
         self, model: LazyDecoder, settings: LearnSettings, lr: float, ranks: Ranks | None = None
     ) -> None:
-        self.model = model
         self.settings = settings
         self.ranks = ranks or Ranks()
+        self.model = model.to(self.ranks.device)
         self.objective = OBJECTIVES[settings.objective]
         self.network = self.ranks.spread(model, settings.shard)
         self.table = model.context.users.weight
@@ -71,6 +71,7 @@ class Trainer:
 
         None, and nothing changes, when the shares of all ranks hold no target. Metrics are of the first share.
         """
+        shares = tuple(share.to(self.ranks.device) for share in shares)
         counts = self.ranks.total(torch.stack([_counts(share) for share in shares]).sum(0))
         if not bool(counts[:2].any()):
             return None

@@ -109,14 +109,14 @@ class Versions:
     def _first(self, policy: PolicySettings, start_from: Path | None) -> Resumed:
         """What the first rank finds, alone."""
         self._publisher = Publisher(self._kafka.bootstrap, self._learn.weights_horizon_s)
-        last = self._publisher.last
+        last, alone = self._publisher.last, self._ranks.alone()
         if last is None:
             path = self._checked(start_from)
-            found = Resumed(*load(path, self._learn, self._learn.lr))
+            found = Resumed(*load(path, self._learn, self._learn.lr, alone))
             found.progress.version = 0  # its own number is of no lineage yet
         else:
             path = self._checkpoints.path(last.version)
-            found = resume(self._checkpoints, last, self._kafka, self._learn)
+            found = resume(self._checkpoints, last, self._kafka, self._learn, alone)
         fits(path, found.progress, policy)
         return found
 

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from learner.checkpoint import CheckpointError, differing, load, to_bytes
+from learner.ranks import Ranks, RanksError
 from learner.recovery import RunLog, follow, manifests_after
 from learner.update import JournalError
 from learner.versions import CHECKPOINTS
@@ -53,8 +54,9 @@ def replay_again(config: Config, checkpoints: Checkpoints) -> Replayed:
     manifests = manifests_after(config.kafka.bootstrap, 0)
     path = _oldest(checkpoints, manifests)
     try:
-        trainer, progress, codebooks = load(path, config.learn, config.learn.lr)
-    except CheckpointError as error:
+        ranks = Ranks.join(config.learn.device)
+        trainer, progress, codebooks = load(path, config.learn, config.learn.lr, ranks)
+    except (CheckpointError, RanksError) as error:
         raise UserError(f"{error}.") from None
     torch.set_num_threads(config.policy.threads)
     began, steps = progress.version, progress.steps

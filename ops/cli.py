@@ -154,7 +154,7 @@ def learner(common: Common, start_from: StartFrom = None, metrics_port: MetricsP
     config = common.load_with_kafka()
     from learner.checkpoint import CheckpointError
     from learner.publication import PublicationError
-    from learner.ranks import Ranks
+    from learner.ranks import Ranks, RanksError
     from learner.run import Learner, LearnerError
     from ops.start import Start
 
@@ -162,15 +162,15 @@ def learner(common: Common, start_from: StartFrom = None, metrics_port: MetricsP
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     _serve_metrics(metrics_port)
-    ranks = Ranks.join()
     try:
+        ranks = Ranks.join(config.learn.device)
         data_dir = Path(config.storage.data_dir)
         role = Learner(config.kafka, config.policy, config.learn, data_dir, ranks)
         role.start(None if start_from is None else Start.at(start_from).policy)
         role.run(stopped)
         role.close()
         ranks.leave()
-    except (LearnerError, CheckpointError, PublicationError) as error:
+    except (LearnerError, RanksError, CheckpointError, PublicationError) as error:
         raise UserError(f"{error}.") from None
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 
 from learner.policy import state_of
-from learner.ranks import Ranks
+from learner.ranks import Ranks, RanksError
 from learner.settings import LearnSettings
 from learner.step import Trainer
 from ops.up import free_port
@@ -75,6 +75,13 @@ def test_a_share_left_out_shows(of_two: dict[str, State]) -> None:
 def test_ranks_own_all_partitions_once() -> None:
     owners = [[rank for rank in range(3) if Ranks(rank, 3).owns(n)] for n in range(8)]
     assert owners == [[n % 3] for n in range(8)]
+
+
+def test_a_gpu_that_is_not_there_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RanksError, match="learn.device is cuda, but torch finds no GPU"):
+        Ranks.join("cuda")
+    assert Ranks.join("auto").device == torch.device("cpu")
 
 
 def test_a_process_that_nobody_else_was_started_with_is_alone(

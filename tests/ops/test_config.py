@@ -50,6 +50,8 @@ def changed(value: Any) -> Any:
             return "small"
         case "gbpo_level":
             return "ecpo"
+        case "auto":
+            return "cpu"
         case "streams":
             return "another-1"
         case _:
