@@ -46,6 +46,17 @@ class KeyValues(NamedTuple):
     present_BN: Tensor
 
 
+class FewFeatures(nn.Linear):
+    """A linear map, without bias, of few features at many positions.
+
+    The weight is laid out so that torch forms its gradient as x^T g, on a CPU ten times as fast as (g^T x)^T.
+    """
+
+    def forward(self, x_BTF: Tensor) -> Tensor:
+        """`[B, T, F]` -> `[B, T, C]`."""
+        return x_BTF @ self.weight.mT.contiguous()
+
+
 class ContextProcessor(nn.Module):
     """From behaviours and the user to normalised keys and values."""
 
@@ -65,7 +76,7 @@ class ContextProcessor(nn.Module):
         nn.init.zeros_(self.users.weight)
         if preset.short:
             self.long_codes = nn.Linear(LEVELS * preset.d_embed, preset.d_context, bias=False)
-            self.long_features = nn.Linear(FEATURES, preset.d_context, bias=False)
+            self.long_features = FewFeatures(FEATURES, preset.d_context, bias=False)
         if preset.tied:
             start_CE = torch.eye(width, preset.d_embed).repeat(preset.l_kv * preset.s_kv, LEVELS)
             with torch.no_grad():
