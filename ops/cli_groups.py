@@ -97,6 +97,9 @@ def tokeniser(
     ] = 1_000_000,
     codes: Annotated[int, typer.Option(min=1, help="Codes of a level.")] = 8192,
     seed: Annotated[int, typer.Option(help="Seed of the embeddings and of the fitting.")] = 1,
+    balanced: Annotated[
+        bool, typer.Option(help="Balanced codebooks, too; they take several times as long.")
+    ] = True,
     json: JsonFile = None,
 ) -> None:
     """How long a million items take to get semantic IDs, and how good these are."""
@@ -104,7 +107,7 @@ def tokeniser(
     require_writable(json)
     from ops.bench_tokeniser import run
 
-    raise typer.Exit(run(config, items, codes, seed, json))
+    raise typer.Exit(run(config, items, codes, seed, balanced, json))
 
 
 @partial(command, group=bench)

@@ -79,7 +79,7 @@ def test_ranks_own_all_partitions_once() -> None:
 
 def test_a_gpu_that_is_not_there_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RanksError, match="learn.device is cuda, but torch finds no GPU"):
+    with pytest.raises(RanksError, match=r"learn\.device is cuda, but torch finds no GPU"):
         Ranks.join("cuda")
     assert Ranks.join("auto").device == torch.device("cpu")
 
