@@ -69,7 +69,8 @@ class Trainer:
     def step(self, *shares: Batch) -> StepMetrics | None:
         """One update on a batch, or on the shares of several ranks where this process stands for all of them.
 
-        None, and nothing changes, when the shares of all ranks hold no target. Metrics are of the first share.
+        None, and nothing changes, when the shares of all ranks hold no target. Terms of the loss are of all shares,
+        the other metrics of the first.
         """
         shares = tuple(share.to(self.ranks.device) for share in shares)
         counts = self.ranks.total(torch.stack([_counts(share) for share in shares]).sum(0))
@@ -88,11 +89,11 @@ class Trainer:
         self.dense_optimiser.step()
         self.row_optimiser.step()  # type: ignore[no-untyped-call]
         self.model.balance(self.ranks.total)
-        logp_BkL, terms = seen[0]
-        return self._metrics(shares[0], logp_BkL, (*terms, norm))
+        terms = self.ranks.total(torch.stack([terms for _, terms in seen]).sum(0))
+        return self._metrics(shares[0], seen[0][0], (*terms, norm))
 
-    def _learn(self, batch: Batch, counts: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Add a share's gradient; its log-probabilities and the terms of its loss."""
+    def _learn(self, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a share's gradient; its log-probabilities and its part of the terms of the loss."""
         targets = batch.targets
         logits_BkLK = self.network(batch.contexts, batch.sids_BkL)
         all_BkLK = masked_log_softmax(logits_BkLK, batch.mask_BkLK, 1.0)
@@ -108,7 +109,7 @@ class Trainer:
         spread = mean_over(entropy(all_BkLK).mean(-1), targets.shown_Bk, counts[2])
         loss = rl + self.settings.supervised * likelihood - self.settings.entropy * spread
         (loss * self.ranks.world).backward()  # type: ignore[no-untyped-call]
-        return logp_BkL.detach(), (loss, rl, likelihood, spread)
+        return logp_BkL.detach(), torch.stack([loss, rl, likelihood, spread]).detach()
 
     def _metrics(self, batch: Batch, logp_BkL: Tensor, terms: tuple[Tensor, ...]) -> StepMetrics:
         targets = batch.targets

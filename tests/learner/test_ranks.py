@@ -14,7 +14,7 @@ from learner.settings import LearnSettings
 from learner.step import Trainer
 from ops.up import free_port
 from streams.weights import State
-from tests.learner.two_ranks import LR, WORLD, batch, policy, steps
+from tests.learner.two_ranks import LR, WORLD, batch, policy, steps, terms_of
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,14 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, State]:
 def alone(together: bool) -> State:
     """One process on the same batches, whole or as the shares of the ranks."""
     trainer = Trainer(policy(), LearnSettings(), LR)
+    terms = []
     for shares in steps():
         if together:
-            trainer.step(batch([sample for share in shares for sample in share]))
+            metrics = trainer.step(batch([sample for share in shares for sample in share]))
         else:
-            trainer.step(*(batch(share) for share in shares))
-    return state_of(trainer.model)
+            metrics = trainer.step(*(batch(share) for share in shares))
+        terms.append(terms_of(metrics))
+    return state_of(trainer.model) | {"terms": np.array(terms)}
 
 
 def furthest(one: State, other: State) -> float:
@@ -69,7 +71,7 @@ def test_a_share_left_out_shows(of_two: dict[str, State]) -> None:
     trainer = Trainer(policy(), LearnSettings(), LR)
     for shares in steps():
         trainer.step(batch(shares[0]))
-    assert furthest(of_two["copy-0"], state_of(trainer.model)) > LR
+    assert furthest(of_two["copy-0"], state_of(trainer.model) | {"terms": np.zeros(1)}) > LR
 
 
 def test_ranks_own_all_partitions_once() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.numpy import save_file
 
@@ -14,7 +15,7 @@ from learner.decoder import LazyDecoder
 from learner.presets import PRESETS
 from learner.ranks import Ranks, gathered
 from learner.settings import LearnSettings
-from learner.step import Trainer
+from learner.step import StepMetrics, Trainer
 from streams.events import Sample
 from tests.learner.makers import learnable, random_catalogue
 
@@ -41,6 +42,12 @@ def batch(samples: list[Sample]) -> Batch:
     return assemble(samples, CATALOGUE.valid, PRESET.context, ROWS)
 
 
+def terms_of(metrics: StepMetrics | None) -> list[float]:
+    """What all ranks must agree about."""
+    assert metrics is not None
+    return [metrics.loss, metrics.loss_rl, metrics.loss_supervised, metrics.entropy]
+
+
 def main(rank: int, port: str, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
@@ -48,9 +55,8 @@ def main(rank: int, port: str, folder: Path) -> None:
     ranks = Ranks.join()
     for shard in (False, True):
         trainer = Trainer(policy(), LearnSettings(shard=shard), LR, ranks)
-        for shares in steps():
-            trainer.step(batch(shares[rank]))
-        state = gathered(trainer.model)
+        terms = [terms_of(trainer.step(batch(shares[rank]))) for shares in steps()]
+        state = gathered(trainer.model) | {"terms": np.array(terms)}
         save_file(state, folder / f"{'shard' if shard else 'copy'}-{rank}.safetensors")
     ranks.leave()
 
