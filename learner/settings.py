@@ -54,6 +54,8 @@ class LearnSettings:
     """Seed of initial weights and of everything random in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner computes; auto is a GPU where there is one."""
+    compile: bool = False
+    """Let torch compile the decoder's blocks: faster at larger sizes, minutes slower to start, other roundings."""
     shard: bool = False
     """With several ranks: shard the dense part (FSDP2) instead of holding all of it on each (DDP)."""
     keep_checkpoints: Count = 3

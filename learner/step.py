@@ -17,6 +17,7 @@ from learner.batch import Batch
 from learner.decoder import LazyDecoder
 from learner.masking import masked_log_softmax
 from learner.objectives import OBJECTIVES, divergence, entropy, mean_over, pull, supervised
+from learner.policy import compile_blocks
 from learner.ranks import Ranks
 from learner.settings import LearnSettings
 
@@ -60,6 +61,8 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.model = model.to(self.ranks.device)
         self.objective = OBJECTIVES[settings.objective]
+        if settings.compile:
+            compile_blocks(self.model)
         self.network = self.ranks.spread(model, settings.shard)
         self.table = model.context.users.weight
         self.dense: list[nn.Parameter] = [p for p in model.parameters() if p is not self.table]

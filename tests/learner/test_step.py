@@ -181,3 +181,17 @@ def test_an_exposure_without_play_pulls_only_the_entropy(catalogue: Catalogue) -
     assert before is not None
     assert after is not None
     assert after.loss == pytest.approx(before.loss, abs=1e-5)
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.timeout(600)
+def test_compiling_changes_a_step_by_rounding_only(catalogue: Catalogue) -> None:
+    plain, _ = trained(catalogue, [1, 2])
+    settings = LearnSettings(compile=True)
+    compiled = Trainer(random_model(SMALL, CODES, ROWS, seed=4), settings, 1e-2)
+    for seed in (1, 2):
+        compiled.step(batch_of(catalogue, seed))
+    found, expected = state_of(compiled.model), state_of(plain.model)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-3) for name in expected)
