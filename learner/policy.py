@@ -3,6 +3,8 @@
 State is compared by name; its float32 values are the version's definition.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,12 @@ def compile_blocks(model: LazyDecoder) -> LazyDecoder:
 
 def state_of(model: LazyDecoder) -> State:
     """The policy's state by name, float32 on the CPU; copies, so that training may go on."""
-    return {name: value.detach().cpu().numpy().copy() for name, value in model.state_dict().items()}
+    return arrays_of(model.state_dict())
+
+
+def arrays_of(tensors: Mapping[str, Tensor]) -> State:
+    """Copies of whole tensors on the CPU, by name."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in tensors.items()}
 
 
 def load_state(model: LazyDecoder, state: State) -> None:

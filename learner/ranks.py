@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learner.context import Contexts
 from learner.decoder import LazyDecoder
+from learner.policy import arrays_of
 from streams.weights import State
 
 PATIENCE_S: Final = 600.0
@@ -171,7 +172,4 @@ def like(value: Tensor, other: Tensor) -> Tensor:
 
 def gathered(model: nn.Module) -> State:
     """The model's state by name, float32 on the CPU, whole; all ranks must ask."""
-    return {
-        name: whole(value).detach().cpu().numpy().copy()
-        for name, value in model.state_dict().items()
-    }
+    return arrays_of({name: whole(value) for name, value in model.state_dict().items()})

@@ -151,9 +151,8 @@ class Versions:
         parts = learner.trainer, learner.progress, learner.codebooks
         try:
             if sharded:
-                folder = self._ranks.everyone(self._checkpoints.aside(version) if first else None)[
-                    0
-                ]
+                mine = self._checkpoints.aside(version) if first else None
+                folder = self._ranks.everyone(mine)[0]
                 to_folder(folder, *parts, self._ranks)
                 self._ranks.everyone(None)  # all shards are written
                 if first:

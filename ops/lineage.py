@@ -9,6 +9,7 @@ from kafka import TopicPartition
 from rich.console import Console
 
 from learner.checkpoint import load
+from learner.recovery import manifests_after
 from ops.account import committed
 from ops.cluster import Cluster
 from ops.config import Config
@@ -17,10 +18,8 @@ from ops.feedlog import UTC_OFFSET_MS, open_log
 from ops.pretrain import pretrained
 from ops.start import POLICY_FILE, Start, is_published, publish
 from streams.clients import records
-from streams.events import decode
 from streams.settings import KafkaSettings
-from streams.topics import EXPOSURES, WEIGHTS_ANCHORS
-from streams.weights import Manifest, weights_decoder
+from streams.topics import EXPOSURES
 
 
 def refuse_the_past(kafka: KafkaSettings, first_ms: int) -> None:
@@ -78,13 +77,10 @@ def begin(
 
 def _newest_shape(kafka: KafkaSettings) -> dict[str, Any] | None:
     """Preset, codes and user rows of the newest published version."""
-    shape = None
-    for record in records(kafka.bootstrap, WEIGHTS_ANCHORS):
-        if record.value is not None and record.key.endswith(b"/manifest"):
-            manifest = decode(weights_decoder, record.value)
-            if isinstance(manifest, Manifest):
-                shape = {name: getattr(manifest, name) for name in ("preset", "codes", "user_rows")}
-    return shape
+    manifests = manifests_after(kafka.bootstrap, 0)
+    if not manifests:
+        return None
+    return {name: getattr(manifests[-1], name) for name in ("preset", "codes", "user_rows")}
 
 
 def moment(time_ms: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops.small_demo import SMALL, demo, dwell, processes_of
+from tests.ops.small_demo import SMALL, await_, demo, dwell, processes_of
 
 
 @pytest.mark.timeout(400)
@@ -32,16 +32,12 @@ def test_a_run_learns_a_second_goes_on_and_a_killed_one_loses_nothing(tmp_path: 
     )
     served = data_dir / "simulator" / "served.jsonl"
     before = served.stat().st_size
-    deadline = time.monotonic() + 60
-    while served.stat().st_size == before and time.monotonic() < deadline:
-        time.sleep(0.1)
+    await_(lambda: served.stat().st_size > before)
     time.sleep(3)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    deadline = time.monotonic() + 30
-    while processes_of(data_dir) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert processes_of(data_dir) == []  # whoever loses the supervisor ends by itself
+    # whoever loses the supervisor ends by itself
+    await_(lambda: processes_of(data_dir) == [], patience_s=30)
 
     third = demo(data_dir, 5, tmp_path / "third.json")
     assert third["versions"] > first["versions"]
