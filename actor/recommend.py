@@ -4,19 +4,30 @@
 a batch of prepared requests of one arm, and `expose` turns a draw into the event that tells the truth about it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from actor.explore import Exploration, Pool
 from actor.policy import ServedPolicy
-from actor.sampling import Slates, draw, last_hop
+from actor.sampling import Slates, Step, draw, last_hop
 from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.context import contexts, pack_behaviours
-from learner.valid_ids import Keys, Tree, sids_of
-from streams.events import Exposure, ShownItem, pack_leaves
+from learner.decoder import KeyValues, LazyDecoder
+from learner.valid_tree import Children, Keys, Tree, keys_of, sid_of, sids_of
+from streams.events import Draw, Exposure, LogpLevels, ShownItem, Source, pack_leaves
+
+NO_EXPLORATION: Final = Exploration()
+SEEDS: Final = 1 << 53
+"""Seeds of draws are below this: JSON readers keep such integers."""
+
+
+def _nothing() -> Keys:
+    return np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -27,11 +38,16 @@ class Prepared:
     user: str
     arm: str
     count: int
+    """Slots of the policy."""
     context: bytes
     tree: Tree
     catalogue_version: int
     excluded: Keys
     shown: frozenset[str]
+    explore: Exploration = NO_EXPLORATION
+    """Its slots are those of this request."""
+    new: Keys = field(default_factory=_nothing)
+    """New leaves, where slots are reserved."""
 
 
 def prepare(
@@ -43,6 +59,7 @@ def prepare(
     catalogue: Catalogue,
     context_length: int,
     now_ms: int,
+    explore: Exploration = NO_EXPLORATION,
 ) -> Prepared:
     """Context, tree and exclusions of a request, at this moment."""
     known = (
@@ -51,24 +68,31 @@ def prepare(
         if behaviour.item in catalogue.items
     )
     shown = users.shown(user)
+    version, valid = catalogue.version, catalogue.valid
+    explore = replace(explore, slots=min(explore.slots, count - 1))  # the first is the policy's
     return Prepared(
         request=request,
         user=user,
         arm=arm,
-        count=count,
+        count=count - explore.slots,
         context=pack_behaviours(known, now_ms),
-        tree=catalogue.valid.tree(catalogue.version),
-        catalogue_version=catalogue.version,
-        excluded=catalogue.valid.exhausted(shown, catalogue.version),
+        tree=valid.tree(version),
+        catalogue_version=version,
+        excluded=valid.exhausted(shown, version),
         shown=frozenset(shown),
+        explore=explore,
+        new=valid.newborn(version, explore.span) if explore.slots else _nothing(),
     )
 
 
 @torch.inference_mode()
 def decode(
-    policy: ServedPolicy, batch: list[Prepared], temperature: float, rng: np.random.Generator
+    policy: ServedPolicy,
+    batch: list[Prepared],
+    temperature: float,
+    noise: np.random.Generator | int,
 ) -> Slates:
-    """Draw the slates of a batch; all of one arm and one tree."""
+    """Draw the slates of a batch; all of one arm and one tree. The same seed in `noise` gives the same slates."""
     model = policy.model
     kv = model.process(
         contexts(
@@ -79,13 +103,21 @@ def decode(
             model.codes,
         )
     )
-
-    def step(prefix_BMl: Tensor) -> Tensor:
-        return model.step(kv, prefix_BMl)
-
     largest = max(one.count for one in batch)
     excluded = [one.excluded for one in batch]
-    return draw(step, batch[0].tree, excluded, largest, temperature, rng)
+    rng = np.random.default_rng(noise)
+    slates = draw(step_of(model, kv), batch[0].tree, excluded, largest, temperature, rng)
+    return replace(slates, seed=noise) if isinstance(noise, int) else slates
+
+
+def step_of(model: LazyDecoder, kv: KeyValues) -> Step:
+    """The policy on a batch of processed contexts, as the search asks it."""
+
+    def step(prefix_BMl: Tensor, children: Children) -> Tensor:
+        place_n, code_n = torch.from_numpy(children.place_n), torch.from_numpy(children.code_n)
+        return model.step_to(kv, prefix_BMl, place_n, code_n)
+
+    return step
 
 
 def expose(
@@ -98,31 +130,50 @@ def expose(
     rng: np.random.Generator,
     now_ms: int,
 ) -> Exposure:
-    """The exposure of row `row` of a draw; items deleted since the request was prepared are left out."""
+    """The exposure of row `row` of a draw, reserved slots after the policy's.
+
+    Items deleted since the request was prepared are left out.
+    """
     items: list[ShownItem] = []
     codes = policy.model.codes
-    for slot in range(one.count):
-        if not slates.filled_BJ[row, slot]:
-            break
-        c1, c2, c3 = (int(code) for code in slates.sids_BJ3[row, slot])
-        members = catalogue.valid.members((c1 * codes + c2) * codes + c3, one.catalogue_version)
+
+    def show(
+        source: Source,
+        key: int,
+        logp_leaf: float,
+        logp_levels: LogpLevels | None = None,
+        score: float | None = None,
+    ) -> None:
+        """Fill the next slot with an item of this leaf."""
+        members = catalogue.valid.members(key, one.catalogue_version)
         item, logp_hop = last_hop(members, lambda member: member not in one.shown, rng)
         entry = catalogue.items.get(item)
         if entry is None:
-            continue
-        levels = slates.logp_levels_BJ3[row, slot]
+            return
         items.append(
             ShownItem(
                 item=item,
-                sid=(c1, c2, c3),
+                sid=sid_of(key, codes),
                 position=len(items),
                 duration_ms=entry.duration_ms,
-                source="policy",
-                logp_levels=(float(levels[0]), float(levels[1]), float(levels[2])),
-                logp_decision=float(slates.logp_leaf_BJ[row, slot]) + logp_hop,
-                score=float(slates.scores_BW[row, slot]),
+                source=source,
+                logp_levels=logp_levels,
+                logp_decision=logp_leaf + logp_hop,
+                score=score,
             )
         )
+
+    filled_J = slates.filled_BJ[row, : one.count]
+    keys = keys_of(slates.sids_BJ3[row, : one.count][filled_J], codes)
+    for slot, key in enumerate(keys.tolist()):
+        first, second, third = slates.logp_levels_BJ3[row, slot].tolist()
+        logp_leaf, score = slates.logp_leaf_BJ[row, slot], slates.scores_BW[row, slot]
+        show("policy", key, float(logp_leaf), (first, second, third), float(score))
+    if one.explore.slots:
+        taken = np.concatenate([one.excluded, keys])
+        pool = Pool(one.tree.leaves(), one.new, taken, one.explore.new)
+        for key, logp in pool.draw(one.explore.slots, rng):
+            show("explore", key, logp)
     return Exposure(
         request=one.request,
         user=one.user,
@@ -136,4 +187,9 @@ def expose(
         excluded=pack_leaves(sids_of(one.excluded, codes)),
         items=items,
         next_score=slates.next_score(row, one.count),
+        draw=None if slates.seed is None else _drawn(slates, slates.seed, row, one.count),
     )
+
+
+def _drawn(slates: Slates, seed: int, row: int, slots: int) -> Draw:
+    return Draw(seed=seed, row=row, rows=len(slates.sids_BJ3), slots=slots)

@@ -5,17 +5,20 @@ Notable choices
   has the perturbed score log p + Gumbel noise, and the k best leaves in the order of their scores
   are k draws without replacement. Top down, a node's children are given noise under the condition
   that their maximum is the node's own score. k + 1 beams, so that the (k + 1)-th score is known.
+- Only valid children exist here: all arrays are lists of children, those of a prefix together, and
+  nothing has the codebook's width. So the constraint makes a decode cheaper, not dearer.
 - The first n slots of a larger draw have the law of a draw of n, and the score after them is the
   (n + 1)-th: requests of different sizes are drawn together and cut.
 - Laws are kept in float64 and normalised there. What is left after some slots is summed over the
   leaves that are left (up the search tree), never taken as 1 - sum, which cancels.
-- Uniform noise has 53 bits and is never zero. Equal scores keep the order of beam and code.
+- Noise is minus the log of exponential noise, which is never taken as zero. Equal scores keep the
+  order of beam and code.
 
-Shapes: B requests, M prefixes of a request in the beam, W beam width, J slots, K codes of a level.
+Shapes: B requests, M prefixes of a request in the beam, N = B * M, W beam width, J slots, n children.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import numpy as np
@@ -23,20 +26,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.masking import masked_log_softmax
-from learner.valid_ids import Exclusions, Keys, Tree
+from learner.valid_tree import Children, Keys, Tree, ranges
 from streams.events import LEVELS
 
-Step = Callable[[Tensor], Tensor]
-"""Prefixes `[B, M, l]` of l codes, int64 (padding: zeros) -> logits `[B, M, K]` of the next code;
-called with l = 0 (and M = 1), 1 and 2."""
+Step = Callable[[Tensor, Children], Tensor]
+"""Prefixes `[B, M, l]` of l codes, int64 (padding: zeros), and their valid children -> the children's
+logits `[n]`; called with l = 0 (and M = 1), 1 and 2."""
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
 _T = TypeVar("_T", np.float64, np.int64)
 
-_SMALLEST_UNIFORM: Final = 2.0**-54
+_SMALLEST: Final = 2.0**-1000
 _MINUS_LN2: Final = -np.log(2.0)
+
+
+def of_whole_level(step: Callable[[Tensor], Tensor]) -> Step:
+    """A `Step` of a policy that computes the logits `[B, M, K]` of all codes."""
+
+    def of_children(prefix_BMl: Tensor, children: Children) -> Tensor:
+        logits_BMK = step(prefix_BMl)
+        logits_NK = logits_BMK.reshape(-1, logits_BMK.shape[-1])
+        return logits_NK[torch.from_numpy(children.place_n), torch.from_numpy(children.code_n)]
+
+    return of_children
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class Slates:
     """Log of p_j / (1 - sum of p of the earlier slots); `last_hop` adds its own to it."""
     scores_BW: _Floats
     """Perturbed scores of the slots and of the leaf after them, W = J + 1."""
+    seed: int | None = None
+    """Seed of the noise, where a seed of its own was asked for."""
 
     def next_score(self, request: int, slots: int) -> float | None:
         """The score after the first `slots` slots; None where there is no further leaf."""
@@ -81,7 +96,23 @@ def draw(
     search = _Search(step, tree, excluded, requests, temperature)
     score_BM = _gumbel(rng, (search.requests, 1))  # the root's: log 1 + noise
     for _ in range(LEVELS):
-        score_BM = search.keep(_perturb(search.expand(), score_BM, rng), slate + 1)
+        level = search.expand()
+        free_n = level.logp_n + level.of_prefix(search.logp_BM)
+        free_n += _gumbel(rng, len(free_n))
+        largest_N = _reduced(np.maximum, free_n, level.size_N, 0.0)
+        chosen_BM, at_x = None, np.arange(len(free_n))
+        if score_BM.shape[1] == 1:
+            # Children of one prefix keep their order: only the best of them need a score.
+            chosen_BM = search.best(free_n, slate + 1)
+            at_x = chosen_BM[chosen_BM >= 0]
+        place_x = level.children.place_n[at_x]
+        score_n = np.full(len(free_n), -np.inf)
+        score_n[at_x] = _given_largest(
+            free_n[at_x], largest_N[place_x], score_BM.reshape(-1)[place_x]
+        )
+        if chosen_BM is None:
+            chosen_BM = search.best(score_n, slate + 1)
+        score_BM = search.keep(chosen_BM, score_n)
     return search.slates(slate, score_BM)
 
 
@@ -103,7 +134,9 @@ def beam(
     search = _Search(step, tree, excluded, requests, temperature)
     score_BW = np.zeros((search.requests, 1))
     for _ in range(LEVELS):
-        score_BW = search.keep(search.expand(), width)
+        level = search.expand()
+        score_n = level.logp_n + level.of_prefix(search.logp_BM)
+        score_BW = search.keep(search.best(score_n, width), score_n)
     return _pad(search.codes_BMl, width, -1), _pad(score_BW, width, -np.inf)
 
 
@@ -123,8 +156,44 @@ def last_hop(
     return chosen, -float(np.log(len(open_members)))
 
 
+@dataclass(frozen=True)
+class _Level:
+    """The children that a search looked at on one level, and their conditional log-probabilities."""
+
+    children: Children
+    size_N: _Ints
+    """Children of each prefix."""
+    first_N: _Ints
+    """Where they begin."""
+    logp_n: _Floats
+
+    @classmethod
+    def of(cls, children: Children, prefixes: int, scaled_n: _Floats) -> "_Level":
+        """`scaled_n` are the children's logits at the temperature, not normalised."""
+        size_N = np.bincount(children.place_n, minlength=prefixes)
+        raw = cls(children, size_N, size_N.cumsum() - size_N, scaled_n)
+        normal_N = raw.log_sums(scaled_n, np.arange(prefixes))
+        return replace(raw, logp_n=scaled_n - raw.of_prefix(normal_N))
+
+    def of_prefix(self, value_BM: _Floats) -> _Floats:
+        """Each child's prefix's value `[n]`."""
+        value_n: _Floats = value_BM.reshape(-1)[self.children.place_n]
+        return value_n
+
+    def log_sums(self, value_n: _Floats, prefixes: _Ints) -> _Floats:
+        """For some prefixes the log of the sum of exp of their children's values; -inf where there is nothing."""
+        size_P = self.size_N[prefixes]
+        here_n = value_n[ranges(self.first_N[prefixes], size_P)]
+        peak_P = _reduced(np.maximum, here_n, size_P, -np.inf)
+        peak_P[np.isneginf(peak_P)] = 0.0
+        total_P = _reduced(np.add, np.exp(here_n - np.repeat(peak_P, size_P)), size_P, 0.0)
+        with np.errstate(divide="ignore"):
+            log_sum_P: _Floats = np.log(total_P) + peak_P
+        return log_sum_P
+
+
 class _Search:
-    """The beam as it goes down: codes and log-probability of each prefix, and where it came from."""
+    """The beam as it goes down: codes, row and log-probability of each prefix, and where it came from."""
 
     def __init__(
         self,
@@ -139,57 +208,79 @@ class _Search:
         self.logp_BM: _Floats = np.zeros((self.requests, 1))
         self._step = step
         self._tree = tree
-        self._excluded: Exclusions | None = None if excluded is None else tree.locate(excluded)
+        self._excluded = None if excluded is None else tree.locate(excluded)
+        if not temperature > 0.0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
         self._temperature = temperature
-        self._key_BM: Keys = np.zeros((self.requests, 1), dtype=np.int64)
+        self._row_BM: Keys = np.zeros((self.requests, 1), dtype=np.int64)
         self._row_B1: Final = np.arange(self.requests)[:, None]
-        self._logp_of_level: list[_Floats] = []
+        self._levels: list[_Level] = []
         self._parent_of_level: list[_Ints] = []
+        self._chosen_of_level: list[_Ints] = []
+        """Each prefix's place among its level's children; -1 in padding."""
 
-    def expand(self) -> _Floats:
-        """Log-probabilities `[B, M, K]` of the children from the root; -inf where not valid."""
-        level = self.codes_BMl.shape[-1]
-        mask_BMK = self._tree.child_mask(self._key_BM, level, self._excluded)
+    def expand(self) -> _Level:
+        """The beam's valid children, with their conditional log-probabilities."""
+        depth = self.codes_BMl.shape[-1]
+        children = self._tree.children(self._row_BM, depth, self._excluded)
         with torch.inference_mode():
-            logits_BMK = self._step(torch.from_numpy(self.codes_BMl.clip(min=0)))
-            logp_BMK: _Floats = masked_log_softmax(
-                logits_BMK.cpu(), torch.from_numpy(mask_BMK), self._temperature, torch.float64
-            ).numpy()
-        if not np.array_equal(np.isfinite(logp_BMK), mask_BMK):
-            raise ValueError(f"the policy's logits of level {level + 1} are not finite")
-        self._logp_of_level.append(logp_BMK)
-        return logp_BMK + self.logp_BM[:, :, None]
+            logits_n = self._step(torch.from_numpy(self.codes_BMl.clip(min=0)), children)
+            # Divided in the logits' own type, as the learner does; then wide enough to sum to one.
+            scaled_n = (logits_n / self._temperature).cpu().double().numpy()
+        if not np.isfinite(scaled_n).all():
+            raise ValueError(f"the policy's logits of level {depth + 1} are not finite")
+        self._levels.append(_Level.of(children, self._row_BM.size, scaled_n))
+        return self._levels[-1]
 
-    def keep(self, score_BMK: _Floats, width: int) -> _Floats:
-        """Go down to the `width` best children; returns their scores, descending."""
-        codes = score_BMK.shape[-1]
-        score_Bn = score_BMK.reshape(self.requests, -1)
-        best_BM = _best(score_Bn, width)
-        real_BM = best_BM >= 0
-        parent_BM, code_BM = np.divmod(best_BM.clip(min=0), codes)
-        row_B1 = self._row_B1
-        logp_BM = self._logp_of_level[-1][row_B1, parent_BM, code_BM]
-        self.logp_BM = np.where(real_BM, self.logp_BM[row_B1, parent_BM] + logp_BM, -np.inf)
-        self._key_BM = np.where(real_BM, self._key_BM[row_B1, parent_BM] * codes + code_BM, -1)
-        codes_BMl = np.concatenate([self.codes_BMl[row_B1, parent_BM], code_BM[:, :, None]], -1)
-        self.codes_BMl = np.where(real_BM[:, :, None], codes_BMl, -1)
+    def keep(self, chosen_BM: _Ints, score_n: _Floats) -> _Floats:
+        """Go down to these children; returns their scores."""
+        level, row_B1 = self._levels[-1], self._row_B1
+        place_n, row_n, code_n = level.children
+        parent_BM = _pick(place_n, chosen_BM, 0) % self._row_BM.shape[1]
+        codes_BMl = np.where(chosen_BM[:, :, None] >= 0, self.codes_BMl[row_B1, parent_BM], -1)
+        code_BM = _pick(code_n, chosen_BM, -1)
+        self.codes_BMl = np.concatenate([codes_BMl, code_BM[:, :, None]], -1)
+        self.logp_BM = _pick(level.logp_n + level.of_prefix(self.logp_BM), chosen_BM, -np.inf)
+        self._row_BM = _pick(row_n, chosen_BM, -1)
         self._parent_of_level.append(parent_BM)
-        return np.where(real_BM, score_Bn[row_B1, best_BM], -np.inf)
+        self._chosen_of_level.append(chosen_BM)
+        return _pick(score_n, chosen_BM, -np.inf)
+
+    def best(self, score_n: _Floats, width: int) -> _Ints:
+        """Places `[B, M]` of each request's largest scores, descending, the first of equal ones first; padding -1."""
+        level, beam = self._levels[-1], self._row_BM.shape[1]
+        size_B = level.size_N.reshape(-1, beam).sum(axis=1)
+        first_B = level.first_N.reshape(-1, beam)[:, 0]
+        best_BM = np.full((self.requests, max(1, min(width, size_B.max(initial=0)))), -1)
+        for request, (first, size) in enumerate(
+            zip(first_B.tolist(), size_B.tolist(), strict=True)
+        ):
+            own_n = score_n[first : first + size]
+            open_n = np.arange(size)
+            if size > width:
+                # Sort little: what is below the width-th largest cannot be among the best.
+                open_n = np.flatnonzero(own_n >= np.partition(own_n, size - width)[size - width])
+            order_n = open_n[np.argsort(-own_n[open_n], kind="stable")][:width]
+            best_BM[request, : len(order_n)] = first + order_n
+        return best_BM
 
     def slates(self, slate: int, score_BW: _Floats) -> Slates:
         """The slots of a finished search."""
         sids_BJ3 = _pad(self.codes_BMl, slate, -1)
         filled_BJ = sids_BJ3[:, :, 0] >= 0
         slots = min(slate, self.codes_BMl.shape[1])
-        code_Bj3 = self.codes_BMl[:, :slots].clip(min=0)
-        # Positions in the beams that a slot's path went through: level 3's parent first.
-        beam_3 = self._parent_of_level[2][:, :slots]
+        # Where a slot's path went through: up from its leaf.
+        chosen_3, beam_3 = (
+            part[:, :slots] for part in (self._chosen_of_level[2], self._parent_of_level[2])
+        )
+        chosen_2 = self._chosen_of_level[1][self._row_B1, beam_3]
         beam_2 = self._parent_of_level[1][self._row_B1, beam_3]
-        beams = (np.zeros_like(beam_2), beam_2, beam_3)
+        chosen_1 = self._chosen_of_level[0][self._row_B1, beam_2]
+        path = (chosen_1, chosen_2, chosen_3)
         logp_levels_Bj3 = np.stack(
             [
-                self._logp_of_level[level][self._row_B1, beams[level], code_Bj3[:, :, level]]
-                for level in range(LEVELS)
+                _pick(level.logp_n, chosen_Bj, -np.inf)
+                for level, chosen_Bj in zip(self._levels, path, strict=True)
             ],
             axis=-1,
         )
@@ -199,85 +290,75 @@ class _Search:
             sids_BJ3,
             filled_BJ,
             logp_levels_BJ3,
-            np.where(filled_BJ, _pad(self._leaf_laws(code_Bj3, beams), slate, 0.0), -np.inf),
+            _pad(self._leaf_laws(path, filled_BJ), slate, -np.inf),
             _pad(score_BW, slate + 1, -np.inf),
         )
 
-    def _leaf_laws(self, code_Bj3: _Ints, beams: tuple[_Ints, _Ints, _Ints]) -> _Floats:
-        """Each slot's log p minus the log of what the earlier slots left.
+    def _leaf_laws(self, path: tuple[_Ints, _Ints, _Ints], filled_BJ: NDArray[np.bool_]) -> _Floats:
+        """Each slot's log p minus the log of what the earlier slots left; -inf where not filled.
 
-        Every shown leaf's path is in the beam, so the share of its parent that is left is a sum over
-        the parent's other children; that share scales the parent in its own parent's sum, and so
-        on. All terms are positive: nothing cancels, however little is left.
+        What is left before a slot is what no slot of the slate shows, summed up the tree, and the
+        leaves of this slot and the later ones. All terms are positive: nothing cancels, however
+        little is left.
         """
-        full_1, full_2, full_3 = self._logp_of_level
-        left_1, left_2, left_3 = full_1.copy(), full_2.copy(), full_3.copy()
-        row_B = self._row_B1[:, 0]
-        left_B = np.zeros(self.requests)
-        laws: list[_Floats] = []
-        for slot in range(code_Bj3.shape[1]):
-            if slot:
-                last = slot - 1
-                at_3 = (row_B, beams[2][:, last], code_Bj3[:, last, 2])
-                at_2 = (row_B, beams[1][:, last], code_Bj3[:, last, 1])
-                at_1 = (row_B, beams[0][:, last], code_Bj3[:, last, 0])
-                left_3[at_3] = -np.inf
-                left_2[at_2] = full_2[at_2] + np.logaddexp.reduce(left_3[at_3[:2]], axis=-1)
-                left_1[at_1] = full_1[at_1] + np.logaddexp.reduce(left_2[at_2[:2]], axis=-1)
-                left_B = np.logaddexp.reduce(left_1[at_1[:2]], axis=-1)
-            with np.errstate(invalid="ignore"):  # -inf - -inf, in slots that are not filled
-                laws.append(self.logp_BM[:, slot] - left_B)
-        return np.stack(laws, axis=1)
+        chosen_3 = path[2]
+        filled_Bj = filled_BJ[:, : chosen_3.shape[1]]
+        rest_n = self._levels[2].logp_n.copy()
+        rest_n[chosen_3[filled_Bj]] = -np.inf
+        for upper, lower, chosen_Bj, child_Bj in zip(
+            self._levels[1::-1], self._levels[:0:-1], path[1::-1], path[:0:-1], strict=True
+        ):
+            node_x, place_x = chosen_Bj[filled_Bj], lower.children.place_n[child_Bj[filled_Bj]]
+            below_x = lower.log_sums(rest_n, place_x)
+            rest_n = upper.logp_n.copy()
+            rest_n[node_x] += below_x
+        unshown_B = self._levels[0].log_sums(rest_n, self._row_B1[:, 0])
+        logp_Bj = np.where(filled_Bj, self.logp_BM[:, : chosen_3.shape[1]], -np.inf)
+        later_Bj = np.logaddexp.accumulate(logp_Bj[:, ::-1], axis=1)[:, ::-1]
+        with np.errstate(invalid="ignore"):  # -inf - -inf, in slots that are not filled
+            laws_Bj: _Floats = logp_Bj - np.logaddexp(unshown_B[:, None], later_Bj)
+        laws_Bj[~filled_Bj] = -np.inf
+        return laws_Bj
 
 
 def _gumbel(rng: np.random.Generator, shape: int | tuple[int, ...]) -> _Floats:
-    # `random` may be 0 but never 1.
-    noise: _Floats = -np.log(-np.log(np.maximum(rng.random(shape), _SMALLEST_UNIFORM)))
+    noise: _Floats = -np.log(np.maximum(rng.standard_exponential(shape), _SMALLEST))
     return noise
 
 
-def _perturb(logp_BMK: _Floats, parent_BM: _Floats, rng: np.random.Generator) -> _Floats:
-    """Perturbed scores of children with log-probabilities `logp_BMK` (-inf: not valid), given that
-    the largest is their parent's score `parent_BM`.
+def _given_largest(free_n: _Floats, largest_n: _Floats, parent_n: _Floats) -> _Floats:
+    """Perturbed scores of children with free scores `free_n`, of which the largest of each prefix's is
+    `largest_n`, given that it is the prefix's own score, `parent_n`.
 
     The stable form of the paper's appendix B.3: with G a child's free score, Z the largest of its
     siblings' and T the parent's score, v = T - G + log(1 - exp(G - Z)), and the child's score is
     T - max(0, v) - log(1 + exp(-|v|)).
     """
-    score_BMK = np.full(logp_BMK.shape, -np.inf)
-    score_flat = score_BMK.reshape(-1)
-    logp_flat = logp_BMK.reshape(-1)
-    valid_n = np.flatnonzero(logp_flat > -np.inf)
-    score_n = logp_flat[valid_n] + _gumbel(rng, len(valid_n))
-    score_flat[valid_n] = score_n
-    row_n = valid_n // logp_BMK.shape[-1]
-    parent_n = parent_BM.reshape(-1)[row_n]
-    below_n = score_n - score_BMK.max(axis=-1).reshape(-1)[row_n]
+    below_n = free_n - largest_n
     with np.errstate(divide="ignore"):  # the largest child: log 0, and its score is the parent's
         log1mexp_n = np.where(
             below_n > _MINUS_LN2, np.log(-np.expm1(below_n)), np.log1p(-np.exp(below_n))
         )
-    v_n = parent_n - score_n + log1mexp_n
-    score_flat[valid_n] = parent_n - np.maximum(v_n, 0.0) - np.log1p(np.exp(-np.abs(v_n)))
-    return score_BMK
+    v_n = parent_n - free_n + log1mexp_n
+    score_n: _Floats = parent_n - np.maximum(v_n, 0.0) - np.log1p(np.exp(-np.abs(v_n)))
+    return score_n
 
 
-def _best(score_Bn: _Floats, width: int) -> _Ints:
-    """Indices `[B, width]` of the largest finite scores, descending, the first of equal ones first;
-    -1 where a row has fewer."""
-    requests, size = score_Bn.shape
-    open_Bn = score_Bn > -np.inf
-    if width < size:
-        # Sort little: what is below the row's width-th largest cannot be among the best.
-        open_Bn &= score_Bn >= np.partition(score_Bn, size - width, axis=1)[:, size - width, None]
-    request_n, index_n = np.nonzero(open_Bn)
-    order_n = np.lexsort((-score_Bn[request_n, index_n], request_n))
-    request_n, index_n = request_n[order_n], index_n[order_n]
-    rank_n = np.arange(len(order_n)) - np.searchsorted(request_n, request_n)
-    kept_n = rank_n < width
-    best_BW = np.full((requests, min(width, size)), -1, dtype=np.int64)
-    best_BW[request_n[kept_n], rank_n[kept_n]] = index_n[kept_n]
-    return best_BW
+def _reduced(reduction: np.ufunc, value_n: _Floats, size_P: _Ints, empty: float) -> _Floats:
+    """One value a run, of runs of these lengths that stand one after the other."""
+    reduced_P = np.full(len(size_P), empty)
+    there = np.flatnonzero(size_P)
+    if len(there):
+        reduced_P[there] = reduction.reduceat(value_n, (size_P.cumsum() - size_P)[there])
+    return reduced_P
+
+
+def _pick(value_n: NDArray[_T], at_BM: _Ints, padding: float) -> NDArray[_T]:
+    """The values at these places; `padding` where the place is -1."""
+    picked_BM = np.full(at_BM.shape, padding, dtype=value_n.dtype)
+    real_BM = at_BM >= 0
+    picked_BM[real_BM] = value_n[at_BM[real_BM]]
+    return picked_BM
 
 
 def _pad(array: NDArray[_T], width: int, value: float) -> NDArray[_T]:

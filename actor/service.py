@@ -20,8 +20,9 @@ from aiokafka.errors import KafkaError
 from prometheus_client import Counter
 
 from actor.batching import Batcher
+from actor.explore import Exploration
 from actor.policy import Arms, ServedPolicy
-from actor.recommend import Prepared, decode, expose, prepare
+from actor.recommend import SEEDS, Prepared, decode, expose, prepare
 from actor.sampling import Slates
 from actor.settings import ActorSettings
 from actor.subscription import Subscription
@@ -77,6 +78,7 @@ class Service:
         self._arms = Arms()
         self._catalogue = Catalogue(policy.codes)
         self._users = Users(settings)
+        self._explore = Exploration.of(settings)
         self._rng = np.random.default_rng()
         self._batcher = Batcher(self._decode, settings.max_batch)
         self.fault = ""
@@ -165,6 +167,7 @@ class Service:
             self._catalogue,
             policy.model.preset.context,
             int(time.time() * 1000),
+            self._explore,
         )
         drawn = await self._batcher.draw(policy, prepared)
         exposure = expose(
@@ -229,7 +232,8 @@ class Service:
                 raise
 
     def _decode(self, policy: ServedPolicy, batch: list[Prepared]) -> Slates:
-        return decode(policy, batch, self.settings.temperature, self._rng)
+        seed = int(self._rng.integers(SEEDS))
+        return decode(policy, batch, self.settings.temperature, seed)
 
 
 def _why(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from storage.settings import Count, Name, Port, Positive, Whole
+from storage.settings import Count, Name, Port, Positive, Share, Whole
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,11 @@ class ActorSettings:
     """Temperature of the draw; logged, and used again by learner and audit."""
     exclude_shown: Whole = 128
     """A user's last shown items that are not shown again."""
+    explore_slots: Whole = 0
+    """Last slots of a slate that are kept for exploration, with a law of their own."""
+    explore_new: Share = 0.5
+    """Probability that such a slot shows a new item, where there is one; else any item, all alike."""
+    explore_span: Count = 1000
+    """An item is new for this many changes of the catalogue."""
     max_batch: Count = 64
     """Most requests decoded together."""

@@ -182,6 +182,12 @@ class LazyDecoder(TargetSide):
         depth = prefix_Bkl.shape[-1]
         return self.logits(depth, self.hidden(kv, prefix_Bkl)[:, :, depth])
 
+    def step_to(self, kv: KeyValues, prefix_Bkl: Tensor, place_n: Tensor, code_n: Tensor) -> Tensor:
+        """As `step`, but only the logits `[n]` of these codes, each after the prefix in its place among B k."""
+        depth = prefix_Bkl.shape[-1]
+        h_BkD = self.hidden(kv, prefix_Bkl)[:, :, depth]
+        return self.child_logits(depth, h_BkD, place_n.to(h_BkD.device), code_n.to(h_BkD.device))
+
     def forward(self, kv: KeyValues, sids_BkL: Tensor) -> Tensor:
         """Teacher-forced logits `[B, k, L, K]` of targets `[B, k, L]`."""
         return self.all_logits(self.hidden(kv, sids_BkL[..., : LEVELS - 1]))

@@ -8,6 +8,7 @@ Legend: B requests, k targets, L levels, P positions of a sequence, X sequences,
 G key/value heads, N context positions, d d_head, K codes of a level.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Final
 
@@ -25,6 +26,13 @@ _QUERY_START: Final = 0.2
 _CODE_NORM: Final = 4.0
 """Mean norm of the first level's embeddings at the start; the other levels keep their proportion."""
 _TIED_SCALE: Final = 2.0
+SINGLE_COST: Final = 8
+"""What a single logit costs beside one of a whole level, in a product at full speed."""
+
+with warnings.catch_warnings():
+    # torch says once that this kind of tensor is young; what is used of it here is tested.
+    warnings.simplefilter("ignore")
+    torch.zeros(1, 1).to_sparse_csr()
 
 
 class Layer(nn.Module):
@@ -170,11 +178,47 @@ class TargetSide(nn.Module):
         h_BkD = self.norms[level](h_BkD)
         logits_BkK: Tensor = self.heads[level](h_BkD)
         if self.preset.tied:
-            scale = _TIED_SCALE / self.preset.d_model**0.5
-            # Narrowing the state is cheaper than widening the table.
-            narrow = h_BkD @ self.widen.weight if isinstance(self.widen, nn.Linear) else h_BkD
-            logits_BkK = logits_BkK + (narrow * scale) @ self.embeddings[level].T
+            logits_BkK = logits_BkK + self._narrowed(h_BkD) @ self.embeddings[level].T
         return logits_BkK
+
+    def child_logits(self, level: int, h_BkD: Tensor, place_n: Tensor, code_n: Tensor) -> Tensor:
+        """Logits `[n]` of some codes of one level, each from its own of the N = B k states.
+
+        `place_n` ascends. The whole level is computed where that is cheaper.
+        """
+        if len(place_n) * SINGLE_COST >= h_BkD[..., 0].numel() * self.codes:
+            whole_NK = self.logits(level, h_BkD).reshape(-1, self.codes)
+            return whole_NK[place_n, code_n]
+        head = self.heads[level]
+        assert isinstance(head, nn.Linear)
+        h_ND: Tensor = self.norms[level](h_BkD).flatten(0, 1)
+        first_N = torch.searchsorted(place_n, torch.arange(len(h_ND) + 1, device=place_n.device))
+        wanted = torch.sparse_csr_tensor(
+            first_N,
+            code_n,
+            h_ND.new_zeros(len(code_n)),
+            (len(h_ND), self.codes),
+            check_invariants=False,
+        )
+
+        def products(h_NX: Tensor, table_KX: Tensor) -> Tensor:
+            """Only the wanted products of states and codes."""
+            values_n: Tensor = torch.sparse.sampled_addmm(
+                wanted, h_NX, table_KX.T, beta=0.0
+            ).values()
+            return values_n
+
+        logits_n: Tensor = products(h_ND, head.weight) + head.bias[code_n]
+        if self.preset.tied:
+            narrow_NE = self._narrowed(h_ND)
+            logits_n = logits_n + products(narrow_NE, self.embeddings[level])
+        return logits_n
+
+    def _narrowed(self, h_XD: Tensor) -> Tensor:
+        """States as tied logits take them: narrowing a state is cheaper than widening the table."""
+        scale: float = _TIED_SCALE / self.preset.d_model**0.5
+        narrow_XE = h_XD @ self.widen.weight if isinstance(self.widen, nn.Linear) else h_XD
+        return narrow_XE * scale
 
     def all_logits(self, h_BkLD: Tensor) -> Tensor:
         """Logits `[B, k, L, K]` of all levels, each from its own position."""

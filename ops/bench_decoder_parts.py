@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actor.sampling import draw
+from actor.sampling import draw, of_whole_level
 from learner.baselines import Baseline, EncoderDecoder, NaiveDecoder, split
 from learner.context import Contexts, contexts
 from learner.counting import Load, encoder_decoder, lazy, naive
@@ -21,7 +21,7 @@ from learner.decoder import LazyDecoder
 from learner.presets import Preset
 from learner.settings import LearnSettings
 from learner.step import Trainer
-from learner.valid_ids import Tree
+from learner.valid_tree import Tree
 from ops.errors import UserError
 from streams.events import BEHAVIOUR, LEVELS
 
@@ -191,7 +191,7 @@ class Serving:
             self.model_s += time.perf_counter() - began
             return logits_BMK
 
-        draw(step, self._tree, None, self._slate, 1.0, self._rng)
+        draw(of_whole_level(step), self._tree, None, self._slate, 1.0, self._rng)
 
 
 def catalogue(codes: int) -> Tree:

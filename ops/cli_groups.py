@@ -57,6 +57,16 @@ def replay_(common: Common, json: JsonFile = None) -> None:
     raise typer.Exit(run(config, json))
 
 
+@partial(command, group=audit)
+def propensity(common: Common, json: JsonFile = None) -> None:
+    """Do exposures tell the truth about their probability? Computed again from the stored versions."""
+    config = common.load_of_run()
+    require_writable(json)
+    from ops.audit_propensity import run
+
+    raise typer.Exit(run(config, json))
+
+
 @partial(command, group=bench)
 def kills(
     common: Common,
@@ -127,6 +137,24 @@ def decoder(
     from ops.bench_decoder import run
 
     raise typer.Exit(run(config, preset, device, threads, repeats, json))
+
+
+@partial(command, group=bench)
+def constraint(
+    common: Common,
+    preset: Annotated[str, typer.Option(help="Size of the policy.")] = "tiny",
+    codes: Annotated[int, typer.Option(min=2, help="Codes of a level.")] = 8192,
+    items: Annotated[int, typer.Option(min=1, help="Items of the largest catalogue.")] = 1_000_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each cell.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of catalogues, policy and draws.")] = 1,
+    json: JsonFile = None,
+) -> None:
+    """What it costs to decode valid IDs only, beside decoding without any constraint."""
+    config = common.load()
+    require_writable(json)
+    from ops.bench_constraint import run
+
+    raise typer.Exit(run(config, preset, codes, items, repeats, seed, json))
 
 
 @partial(command, group=eval_)

@@ -52,6 +52,7 @@ _AT_MOST = (
     ("join.window_s", "join.cap_s"),
     ("join.cap_s", "join.dedupe_horizon_s"),
     ("actor.slate", "actor.max_slate"),
+    ("actor.explore_slots", "actor.slate"),
     ("simulate.slate", "actor.max_slate"),
 )
 _KUBERNETES = re.compile(

@@ -12,13 +12,13 @@ Shapes: B requests, W beam width, K ranks.
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from actor.recommend import step_of
 from actor.sampling import beam
 from learner.catalogue import Catalogue
 from learner.context import contexts
 from learner.decoder import LazyDecoder
-from learner.valid_ids import Keys, Tree, keys_of
+from learner.valid_tree import Keys, Tree, keys_of
 from ops.results import Interval
 
 BATCH = 64
@@ -52,10 +52,7 @@ class Ranker:
                     users[part], packed[part], model.preset.context, model.user_rows, model.codes
                 )
             )
-
-            def step(prefix_BMl: Tensor, kv=kv) -> Tensor:  # type: ignore[no-untyped-def]
-                return model.step(kv, prefix_BMl)
-
+            step = step_of(model, kv)
             codes_BW3, logp_BW = beam(step, self.tree, None, k, requests=len(users[part]))
             ranked.append(self._items(codes_BW3, logp_BW, model.codes, k))
         return np.concatenate(ranked)

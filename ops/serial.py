@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from actor.explore import Exploration
 from actor.policy import ServedPolicy
 from actor.recommend import decode, expose, prepare
 from actor.users import Users
@@ -86,6 +87,7 @@ class Serial:
         self._trainer = start.trainer
         self._catalogue = start.catalogue
         self._users = Users(config.actor)
+        self._explore = Exploration.of(config.actor)
         self._journal = Journal({})
         self._version = 1
         self._policies = {
@@ -176,6 +178,7 @@ class Serial:
                         self._catalogue,
                         policy.model.preset.context,
                         self._now_ms,
+                        self._explore,
                     )
                 )
             temperature = self._config.actor.temperature

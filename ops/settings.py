@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from storage.settings import Count, Positive, Whole
+from storage.settings import Count, NotNegative, Positive, Whole
 
 
 @dataclass(frozen=True)
@@ -19,5 +19,7 @@ class SimulateSettings:
     """Viewers; each exists as twins, one per arm."""
     items: Count = 3000
     """Items of the catalogue."""
+    churn_per_s: NotNegative = 0.0
+    """Items that leave the catalogue or come back, per second; at most a tenth of them is away."""
     seed: Whole = 7
     """Seed of the world: tastes, items, visits and every viewer's choices."""

@@ -1,7 +1,8 @@
 """The simulated viewers as a live client: an open loop of requests, and the events that follow.
 
 It knows the service only by its HTTP interface, and stands where an app's backend stands: the events of all viewers
-are gathered for at most 100 ms into posts of at most 256. Numbers and reasons: docs/simulator.md.
+are gathered for at most 100 ms into posts of at most 256. A catalogue that moves is written to Kafka, as the backend
+would (ops/churn.py). Numbers and reasons: docs/simulator.md.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from ops.churn import moving
 from ops.config import Config
 from ops.errors import UserError
 from ops.served import append_lines, read_lines
@@ -83,7 +85,8 @@ def run(config: Config, for_s: float | None) -> Counts:
             loop.add_signal_handler(number, until.set)
         if for_s is not None:
             loop.call_later(for_s, until.set)
-        return await simulate(base_url, world, twins, config.simulate, out_path, until)
+        async with moving(config.kafka, config.simulate, until.set):
+            return await simulate(base_url, world, twins, config.simulate, out_path, until)
 
     counts = asyncio.run(main())
     out_path.with_name(COUNTS_FILE).write_bytes(msgspec.json.encode(counts))

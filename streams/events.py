@@ -79,6 +79,15 @@ class ShownItem(msgspec.Struct, kw_only=True, gc=False):
     score: float | None = None
 
 
+class Draw(msgspec.Struct, kw_only=True, gc=False):
+    """Where a slate's noise came from, so that it can be drawn again."""
+
+    seed: int
+    row: int
+    rows: int
+    slots: int
+
+
 class Exposure(msgspec.Struct, tag_field="type", tag="exposure", kw_only=True):
     """One request and the slate that answered it."""
 
@@ -95,6 +104,7 @@ class Exposure(msgspec.Struct, tag_field="type", tag="exposure", kw_only=True):
     excluded: bytes
     items: list[ShownItem]
     next_score: float | None = None
+    draw: Draw | None = None
 
 
 class Feedback(msgspec.Struct, tag_field="type", tag="feedback", kw_only=True, gc=False):

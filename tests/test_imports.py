@@ -27,6 +27,7 @@ POLICY_DEFINITION = {
     "semantic_ids",
     "settings",
     "valid_ids",
+    "valid_tree",
 }
 HTTP = {"fastapi", "uvicorn", "starlette", "aiohttp", "httpx", "requests", "urllib.request", "http"}
 NEVER = {

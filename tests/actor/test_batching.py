@@ -13,7 +13,7 @@ from actor.batching import Batcher
 from actor.policy import ServedPolicy
 from actor.recommend import Prepared
 from actor.sampling import Slates
-from learner.valid_ids import Tree
+from learner.valid_tree import Tree
 
 TREE = Tree(2, np.array([0, 3]))
 OTHER_TREE = Tree(2, np.array([1]))

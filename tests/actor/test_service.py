@@ -32,7 +32,7 @@ from streams.intake import partition_of
 from streams.topics import CATALOGUE, CONTROL, EXPOSURES, HISTORIES, WEIGHTS_ANCHORS
 from streams.weights import Ack, Chunk, Manifest, digest_of, pack
 from tests.actor.asgi import call
-from tests.actor.test_propensity import sampled
+from tests.actor.slates import sampled
 from tests.actor.world import CODES, ITEMS, POLICY, ROWS, Actor, World, acting, until, user_of
 from tests.learner.cluster import PARTITIONS, refused
 

@@ -10,7 +10,7 @@ from learner.catalogue import Catalogue
 from learner.context import contexts, pack_behaviours
 from learner.decoder import LazyDecoder
 from learner.presets import Preset
-from learner.valid_ids import sids_of
+from learner.valid_tree import sids_of
 from streams.events import (
     Behaviour,
     LogpLevels,

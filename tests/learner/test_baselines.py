@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actor.sampling import draw
+from actor.sampling import draw, of_whole_level
 from learner.baselines import Baseline, EncoderDecoder, NaiveDecoder, split
 from learner.batch import assemble
 from learner.context import Contexts
@@ -239,7 +239,9 @@ def test_slates_are_drawn_from_them_as_from_ours(model: Baseline) -> None:
         kv = model.process(batch_of([6, 2]))
     tree = catalogue.valid.tree(catalogue.version)
     rng = np.random.default_rng(1)
-    slates = draw(lambda prefix: model.step(kv, prefix), tree, None, 5, 1.0, rng, requests=2)
+    slates = draw(
+        of_whole_level(lambda prefix: model.step(kv, prefix)), tree, None, 5, 1.0, rng, requests=2
+    )
     assert slates.filled_BJ.all()
     sids = torch.from_numpy(slates.sids_BJ3)
     mask = torch.from_numpy(tree.path_masks(slates.sids_BJ3))

@@ -3,7 +3,7 @@
 import pytest
 
 from learner.catalogue import Catalogue, CatalogueError
-from learner.valid_ids import sids_of
+from learner.valid_tree import sids_of
 from streams.events import SemanticId, Upsert, encode
 from tests.learner.makers import CODEBOOK, upsert
 

@@ -80,6 +80,26 @@ def test_teacher_forced_logits_are_those_of_decoding_step_by_step(model: LazyDec
     assert (forced[:, 0] - forced[:, 1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("cost", [0, 10**6], ids=["each alone", "of the whole level"])
+def test_single_logits_are_those_of_the_whole_level(
+    model: LazyDecoder, cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.layers.SINGLE_COST", cost)
+    of, sids = batch_of([6, 0, 1]), targets(3, 4)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        kv = model.process(of)
+        for level in range(3):
+            whole = model.step(kv, sids[..., :level]).reshape(-1, CODES)
+            wanted = torch.rand(whole.shape, generator=generator) < 0.4
+            wanted[5] = False  # a prefix without children
+            place, code = wanted.nonzero(as_tuple=True)
+            found = model.step_to(kv, sids[..., :level], place, code)
+            assert torch.allclose(found, whole[wanted], atol=1e-5)
+            nothing = model.step_to(kv, sids[..., :level], place[:0], code[:0])
+            assert nothing.shape == (0,)
+
+
 def test_a_level_sees_only_the_codes_before_it(model: LazyDecoder) -> None:
     of, sids = batch_of([3]), targets(1, 1)
     before = logits_of(model, of, sids)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from learner.valid_ids import Tree, UnknownVersionError, ValidIds, keys_of, sids_of
+from learner.valid_ids import UnknownVersionError, ValidIds
+from learner.valid_tree import Tree, keys_of, sids_of
 from streams.events import SemanticId
 
 CODES = 3
@@ -106,6 +107,21 @@ def test_members_and_ids_are_those_of_the_version(ops: list[Op], shown: set[str]
         exhausted = [leaf for leaf, members in of_leaf.items() if members <= shown]
         assert index.exhausted(shown, version).tolist() == sorted(exhausted)
     assert all(index.sid_of(item) == leaf for item, leaf in catalogue_at(ops, len(ops)).items())
+
+
+@given(operations, st.integers(1, 45))
+def test_newborn_leaves_are_those_with_a_member_that_came_lately(ops: list[Op], span: int) -> None:
+    index = built(ops)
+    came: dict[str, tuple[SemanticId, int]] = {}
+    for version, (item, leaf) in enumerate(ops):
+        if leaf is None:
+            came.pop(item, None)
+        elif item not in came or came[item][0] != leaf:
+            came[item] = (leaf, version)
+        young = {key(leaf) for leaf, born in came.values() if born > version - span}
+        assert index.newborn(version, span).tolist() == sorted(young)
+    with pytest.raises(UnknownVersionError):
+        index.newborn(len(ops), span)
 
 
 @given(operations, st.integers(-1, 45))
@@ -215,6 +231,29 @@ def test_lists_of_exclusions_must_match_the_requests() -> None:
     tree = built([("a", (0, 0, 0))]).tree(0)
     with pytest.raises(ValueError, match="2 lists of excluded leaves for 1 requests"):
         tree.child_mask(np.zeros((1, 1), np.int64), 0, [np.zeros(1, np.int64)] * 2)
+
+
+@given(operations, st.sets(st.tuples(code, code, code)), st.data())
+def test_children_are_the_mask_as_a_list_also_of_prefixes_asked_for_twice(
+    ops: list[Op], gone: set[SemanticId], data: st.DataObject
+) -> None:
+    tree = built(ops).tree(len(ops) - 1)
+    excluded = [np.array([key(leaf) for leaf in gone], dtype=np.int64), tree.leaves()[:0]]
+    located = tree.locate(excluded)
+    for level in range(3):
+        prefix = st.integers(-1, CODES**level - 1)
+        rows = st.lists(st.lists(prefix, min_size=3, max_size=3), min_size=2, max_size=2)
+        prefix_BM = np.array(data.draw(rows), dtype=np.int64)
+        children = tree.children(tree.rows_of(prefix_BM, level), level, located)
+        mask = tree.child_mask(prefix_BM, level, excluded).reshape(6, CODES)
+        place, code = np.nonzero(mask)
+        assert children.place_n.tolist() == place.tolist()
+        assert children.code_n.tolist() == code.tolist()
+        child = prefix_BM.reshape(-1)[children.place_n] * CODES + children.code_n
+        if level < 2:
+            assert tree.rows_of(child, level + 1).tolist() == children.row_n.tolist()
+        else:
+            assert tree.leaves()[children.row_n].tolist() == child.tolist()
 
 
 def test_keys_and_ids_are_each_others_inverse_and_order_like_the_ids() -> None:

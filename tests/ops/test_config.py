@@ -36,6 +36,8 @@ def changed(value: Any) -> Any:
     match value:
         case bool():
             return not value
+        case float() if value == 0:
+            return 0.5
         case float() if value < 1:
             return value / 2
         case int() | float():

@@ -1,4 +1,4 @@
-"""`dwell audit replay`: a run's learning, made again from its log, gives every version to the last bit."""
+"""A past run, audited: its learning made again gives every version to the last bit, and so does its serving."""
 
 import json
 import subprocess
@@ -13,11 +13,13 @@ from learner.versions import CHECKPOINTS
 from storage.checkpoints import Checkpoints
 from tests.ops.small_demo import SMALL, demo_with_kills, dwell
 
+MOVING = ["--set=simulate.churn_per_s=20", "--set=actor.explore_slots=1"]
 
-def audited(data_dir: Path, json_file: Path) -> tuple[int, dict[str, Any]]:
-    """Exit status and results of the audit."""
+
+def audited(data_dir: Path, json_file: Path, audit: str = "replay") -> tuple[int, dict[str, Any]]:
+    """Exit status and results of an audit."""
     done = subprocess.run(
-        dwell("audit", "replay", f"--data-dir={data_dir}", f"--json={json_file}"),
+        dwell("audit", audit, f"--data-dir={data_dir}", f"--json={json_file}"),
         capture_output=True,
         text=True,
         timeout=300,
@@ -28,9 +30,11 @@ def audited(data_dir: Path, json_file: Path) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.timeout(400)
-def test_a_run_whose_learner_was_killed_is_made_again_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_run_whose_learner_was_killed_over_a_moving_catalogue_is_made_again_to_the_last_bit(
+    tmp_path: Path,
+) -> None:
     data_dir = tmp_path / "data"
-    run = demo_with_kills(data_dir, 10, 2, tmp_path / "up.json", *SMALL)
+    run = demo_with_kills(data_dir, 10, 2, tmp_path / "up.json", *SMALL, *MOVING)
     assert run["restarts"] == {"learner": 2}
     assert (run["lost"], run["duplicated"]) == (0, 0)
     status, found = audited(data_dir, tmp_path / "audit.json")
@@ -38,6 +42,14 @@ def test_a_run_whose_learner_was_killed_is_made_again_to_the_last_bit(tmp_path: 
     assert (found["first"], found["versions"]) == (1, run["versions"] - 1)
     assert found["steps"] > 10
     assert found["checkpoints"] >= 1
+
+    status, found = audited(data_dir, tmp_path / "propensity.json", "propensity")
+    assert (status, found["wrong"], found["not_at_hand"]) == (0, [], {})
+    assert found["exposures"] == run["requests"]
+    assert found["max_difference_nats"] < 1e-5
+    assert (found["drawn_again"], found["bit_equal"]) == (run["requests"], 1.0)
+    assert found["versions"] > 5
+    assert found["catalogue_changes"] > 50
 
     checkpoints = Checkpoints(data_dir / CHECKPOINTS)
     nudge(checkpoints.path(checkpoints.versions()[0]))

@@ -1,0 +1,103 @@
+"""Reserved slots: leaves that are shown so that they become known, by a law of their own.
+
+Notable choices (contract of the policy, "Probabilities on an exposure")
+- They stand after the policy's own slots and mix with none of them, whose log-probabilities stay the policy's. In
+  learning their pi_old is the policy's own probability, as with everything that another law has shown.
+- Each is a draw without replacement: with probability `explore_new` uniform over the new leaves that are left,
+  otherwise, and where no new one is left, uniform over all that are left. So a new item has a floor, whatever the
+  policy thinks of it.
+- A leaf is new while a member of it came with one of the last `explore_span` versions of the catalogue. The law
+  depends on the request, the catalogue version and the settings alone: anybody can compute it again.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from actor.settings import ActorSettings
+from learner.valid_tree import Keys
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What `actor.explore_*` say."""
+
+    slots: int = 0
+    new: float = 0.5
+    span: int = 1_000
+
+    @classmethod
+    def of(cls, settings: ActorSettings) -> "Exploration":
+        """That of an actor."""
+        return cls(settings.explore_slots, settings.explore_new, settings.explore_span)
+
+
+class _Uniform:
+    """Leaf keys of which some are gone; draws among the others in time that grows with the gone alone."""
+
+    def __init__(self, keys: Keys, gone: Keys) -> None:
+        self._keys = keys
+        rows = np.searchsorted(keys, gone)
+        known = rows < len(keys)
+        rows, gone = rows[known], gone[known]
+        self._gone: list[int] = np.unique(rows[keys[rows] == gone]).tolist()
+
+    @property
+    def left(self) -> int:
+        return len(self._keys) - len(self._gone)
+
+    def draw(self, rng: np.random.Generator) -> int:
+        row = int(rng.integers(self.left))
+        for gone in self._gone:
+            if gone > row:
+                break
+            row += 1
+        return int(self._keys[row])
+
+    def row_of(self, key: int) -> int:
+        """Where the key stands, or -1 where it is not among those left."""
+        row = int(np.searchsorted(self._keys, key))
+        if row == len(self._keys) or self._keys[row] != key:
+            return -1
+        at = bisect_left(self._gone, row)
+        return -1 if at < len(self._gone) and self._gone[at] == row else row
+
+    def take(self, key: int) -> None:
+        row = self.row_of(key)
+        if row >= 0:
+            insort(self._gone, row)
+
+
+class Pool:
+    """What the reserved slots of one request are drawn from."""
+
+    def __init__(self, live: Keys, new: Keys, taken: Keys, share: float) -> None:
+        """`live` and `new` (among them) are ascending leaf keys, `taken` any that must not be shown."""
+        self._live = _Uniform(live, taken)
+        self._new = _Uniform(new, taken)
+        self._share = share
+
+    def logp(self, key: int) -> float:
+        """Log-probability that the next slot shows this leaf; -inf where it cannot."""
+        if self._live.row_of(key) < 0:
+            return -np.inf
+        share = self._share if self._new.left else 0.0
+        p = (1.0 - share) / self._live.left
+        if self._new.row_of(key) >= 0:
+            p += share / self._new.left
+        return float(np.log(p))
+
+    def draw(self, slots: int, rng: np.random.Generator) -> Iterator[tuple[int, float]]:
+        """The next slots' leaves and their log-probabilities; fewer where not so many are left."""
+        for _ in range(min(slots, self._live.left)):
+            of_new = self._new.left and rng.random() < self._share
+            key = (self._new if of_new else self._live).draw(rng)
+            yield key, self.logp(key)
+            self.take(key)
+
+    def take(self, key: int) -> None:
+        """This leaf has been shown."""
+        self._live.take(key)
+        self._new.take(key)
