@@ -1,7 +1,7 @@
 """From requests to exposures: the serving core, without I/O, clock or global state.
 
 `prepare` reads what a request may see (context, valid tree, exclusions) at one moment, `decode` runs the policy on
-a batch of prepared requests of one arm, and `expose` turns a draw into the event that tells the truth about it.
+a batch of prepared requests of one version, and `expose` turns a draw into the event that tells the truth about it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -92,7 +92,7 @@ def decode(
     temperature: float,
     noise: np.random.Generator | int,
 ) -> Slates:
-    """Draw the slates of a batch; all of one arm and one tree. The same seed in `noise` gives the same slates."""
+    """Draw the slates of a batch, all of one version and tree. The same seed in `noise` gives the same slates."""
     model = policy.model
     kv = model.process(
         contexts(

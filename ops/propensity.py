@@ -86,12 +86,13 @@ def _differences(
 def together(exposures: Sequence[Exposure]) -> list[list[Exposure]]:
     """Exposures of one version that say how they were drawn, by batch and in the order of its rows.
 
-    Only whole batches: of others the shapes could not be had again.
+    Two arms that serve the same version are decoded together. Only whole batches: of others the shapes could not be
+    had again.
     """
-    batches: dict[tuple[str, int], dict[int, Exposure]] = {}
+    batches: dict[int, dict[int, Exposure]] = {}
     for exposure in exposures:
         if exposure.draw is not None:
-            batches.setdefault((exposure.arm, exposure.draw.seed), {})[exposure.draw.row] = exposure
+            batches.setdefault(exposure.draw.seed, {})[exposure.draw.row] = exposure
     return [
         [rows[row] for row in range(len(rows))]
         for rows in batches.values()

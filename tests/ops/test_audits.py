@@ -40,7 +40,7 @@ def test_a_run_whose_learner_was_killed_over_a_moving_catalogue_is_made_again_to
     status, found = audited(data_dir, tmp_path / "audit.json")
     assert (status, found["equal"], found["differs"]) == (0, True, [])
     assert (found["first"], found["versions"]) == (1, run["versions"] - 1)
-    assert found["steps"] > 10
+    assert found["steps"] > 5
     assert found["checkpoints"] >= 1
 
     status, found = audited(data_dir, tmp_path / "propensity.json", "propensity")
@@ -48,7 +48,7 @@ def test_a_run_whose_learner_was_killed_over_a_moving_catalogue_is_made_again_to
     assert found["exposures"] == run["requests"]
     assert found["max_difference_nats"] < 1e-5
     assert (found["drawn_again"], found["bit_equal"]) == (run["requests"], 1.0)
-    assert found["versions"] > 5
+    assert found["versions"] >= 2
     assert found["catalogue_changes"] > 50
 
     checkpoints = Checkpoints(data_dir / CHECKPOINTS)
