@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 from starlette.requests import ClientDisconnect
 
-from actor.service import NotReadyError, Service
+from actor.service import BusyError, NotReadyError, Service
 from streams.events import FeedbackKind
 
 log = logging.getLogger("dwell.actor")
@@ -61,6 +61,8 @@ class Slate(msgspec.Struct):
     policy_version: int
     catalogue_version: int
     items: list[Recommended]
+    fallback: bool
+    """Not the policy's: there was no time."""
 
 
 class FeedbackEvent(msgspec.Struct, forbid_unknown_fields=True):
@@ -133,6 +135,7 @@ def application(service: Service) -> FastAPI:
                         Recommended(item.item, item.position, item.logp_decision)
                         for item in exposure.items
                     ],
+                    fallback=exposure.decode_mode == "other",
                 )
             )
 
@@ -199,6 +202,9 @@ async def _answered(route: str, answer: Callable[[], Awaitable[bytes]]) -> Respo
     except NotReadyError as error:
         response = _json(503, {"detail": str(error)})
         response.headers["Retry-After"] = "1"
+    except BusyError as error:
+        response = _json(429, {"detail": str(error)})
+        response.headers["Retry-After"] = "1"
     except (TimeoutError, KafkaError):
         response = _json(503, {"detail": "Kafka does not answer: not acknowledged, try again"})
         response.headers["Retry-After"] = "1"
@@ -228,6 +234,7 @@ def _documented(body: type, answer: type) -> dict[str, Any]:
         "responses": {
             200: {"description": "Done", "content": content(answer)},
             422: {"description": "The body is wrong; the field is named"},
+            429: {"description": "Too many requests wait: come again"},
             503: {"description": "Not ready, or Kafka does not answer: not acknowledged"},
         },
     }

@@ -2,6 +2,7 @@
 
 `prepare` reads what a request may see (context, valid tree, exclusions) at one moment, `decode` runs the policy on
 a batch of prepared requests of one version, and `expose` turns a draw into the event that tells the truth about it.
+`fall_back` is the slate of a request for which there was no time.
 """
 
 from dataclasses import dataclass, field, replace
@@ -134,27 +135,72 @@ def expose(
 
     Items deleted since the request was prepared are left out.
     """
-    items: list[ShownItem] = []
-    codes = policy.model.codes
+    slate = _Slate(one, catalogue, rng)
+    filled_J = slates.filled_BJ[row, : one.count]
+    keys = keys_of(slates.sids_BJ3[row, : one.count][filled_J], policy.model.codes)
+    for slot, key in enumerate(keys.tolist()):
+        first, second, third = slates.logp_levels_BJ3[row, slot].tolist()
+        logp_leaf, score = slates.logp_leaf_BJ[row, slot], slates.scores_BW[row, slot]
+        slate.show("policy", key, float(logp_leaf), (first, second, third), float(score))
+    if one.explore.slots:
+        taken = np.concatenate([one.excluded, keys])
+        pool = Pool(one.tree.leaves(), one.new, taken, one.explore.new)
+        for key, logp in pool.draw(one.explore.slots, rng):
+            slate.show("explore", key, logp)
+    drawn = None
+    if slates.seed is not None:
+        drawn = Draw(seed=slates.seed, row=row, rows=len(slates.sids_BJ3), slots=one.count)
+    exposure = slate.exposure("gumbel_top_k", policy.version, temperature, now_ms)
+    exposure.next_score, exposure.draw = slates.next_score(row, one.count), drawn
+    return exposure
+
+
+def fall_back(
+    policy: ServedPolicy,
+    one: Prepared,
+    catalogue: Catalogue,
+    temperature: float,
+    rng: np.random.Generator,
+    now_ms: int,
+) -> Exposure:
+    """A slate without the policy: every valid leaf alike, without replacement. It says that it is not the
+    policy's."""
+    slate = _Slate(one, catalogue, rng)
+    pool = Pool(one.tree.leaves(), _nothing(), one.excluded, one.explore.new)
+    for key, logp in pool.draw(one.count + one.explore.slots, rng):
+        slate.show("other", key, logp)
+    return slate.exposure("other", policy.version, temperature, now_ms)
+
+
+class _Slate:
+    """The slots of a request as they are filled."""
+
+    def __init__(self, one: Prepared, catalogue: Catalogue, rng: np.random.Generator) -> None:
+        self._one = one
+        self._catalogue = catalogue
+        self._rng = rng
+        self._items: list[ShownItem] = []
 
     def show(
+        self,
         source: Source,
         key: int,
         logp_leaf: float,
         logp_levels: LogpLevels | None = None,
         score: float | None = None,
     ) -> None:
-        """Fill the next slot with an item of this leaf."""
-        members = catalogue.valid.members(key, one.catalogue_version)
-        item, logp_hop = last_hop(members, lambda member: member not in one.shown, rng)
-        entry = catalogue.items.get(item)
+        """Fill the next slot with an item of this leaf, unless it was deleted meanwhile."""
+        one, valid = self._one, self._catalogue.valid
+        members = valid.members(key, one.catalogue_version)
+        item, logp_hop = last_hop(members, lambda member: member not in one.shown, self._rng)
+        entry = self._catalogue.items.get(item)
         if entry is None:
             return
-        items.append(
+        self._items.append(
             ShownItem(
                 item=item,
-                sid=sid_of(key, codes),
-                position=len(items),
+                sid=sid_of(key, valid.codes),
+                position=len(self._items),
                 duration_ms=entry.duration_ms,
                 source=source,
                 logp_levels=logp_levels,
@@ -163,33 +209,19 @@ def expose(
             )
         )
 
-    filled_J = slates.filled_BJ[row, : one.count]
-    keys = keys_of(slates.sids_BJ3[row, : one.count][filled_J], codes)
-    for slot, key in enumerate(keys.tolist()):
-        first, second, third = slates.logp_levels_BJ3[row, slot].tolist()
-        logp_leaf, score = slates.logp_leaf_BJ[row, slot], slates.scores_BW[row, slot]
-        show("policy", key, float(logp_leaf), (first, second, third), float(score))
-    if one.explore.slots:
-        taken = np.concatenate([one.excluded, keys])
-        pool = Pool(one.tree.leaves(), one.new, taken, one.explore.new)
-        for key, logp in pool.draw(one.explore.slots, rng):
-            show("explore", key, logp)
-    return Exposure(
-        request=one.request,
-        user=one.user,
-        time_ms=now_ms,
-        arm=one.arm,
-        policy_version=policy.version,
-        catalogue_version=one.catalogue_version,
-        decode_mode="gumbel_top_k",
-        temperature=temperature,
-        context=one.context,
-        excluded=pack_leaves(sids_of(one.excluded, codes)),
-        items=items,
-        next_score=slates.next_score(row, one.count),
-        draw=None if slates.seed is None else _drawn(slates, slates.seed, row, one.count),
-    )
-
-
-def _drawn(slates: Slates, seed: int, row: int, slots: int) -> Draw:
-    return Draw(seed=seed, row=row, rows=len(slates.sids_BJ3), slots=slots)
+    def exposure(self, mode: str, version: int, temperature: float, now_ms: int) -> Exposure:
+        """The event that tells of it."""
+        one = self._one
+        return Exposure(
+            request=one.request,
+            user=one.user,
+            time_ms=now_ms,
+            arm=one.arm,
+            policy_version=version,
+            catalogue_version=one.catalogue_version,
+            decode_mode=mode,
+            temperature=temperature,
+            context=one.context,
+            excluded=pack_leaves(sids_of(one.excluded, self._catalogue.valid.codes)),
+            items=self._items,
+        )

@@ -22,7 +22,7 @@ from prometheus_client import Counter
 from actor.batching import Batcher
 from actor.explore import Exploration
 from actor.policy import Arms, ServedPolicy
-from actor.recommend import SEEDS, Prepared, decode, expose, prepare
+from actor.recommend import SEEDS, Prepared, decode, expose, fall_back, prepare
 from actor.sampling import Slates
 from actor.settings import ActorSettings
 from actor.subscription import Subscription
@@ -39,6 +39,9 @@ from streams.topics import EXPOSURES, FEEDBACK
 log = logging.getLogger("dwell.actor")
 
 SLOTS = Counter("dwell_actor_slots_total", "Slots asked for and filled", ["what"])
+FALLBACKS = Counter(
+    "dwell_actor_fallbacks_total", "Slates served without the policy, for want of time"
+)
 EVENTS = Counter("dwell_actor_feedback_total", "Feedback events taken", ["kind"])
 
 KAFKA_PATIENCE_S = 3.0
@@ -50,6 +53,10 @@ class ServiceError(RuntimeError):
 
 class NotReadyError(RuntimeError):
     """Nothing can be served yet; the message says what is missing."""
+
+
+class BusyError(RuntimeError):
+    """More requests wait than are worth keeping waiting; the message says how many."""
 
 
 class FeedbackLike(Protocol):
@@ -152,8 +159,10 @@ class Service:
     async def recommend(self, user: str, count: int) -> Exposure:
         """Serve a slate; it is on the log when this returns.
 
-        Raises `NotReadyError`, `KafkaError` or `TimeoutError`, and nothing was shown.
+        Raises `NotReadyError`, `BusyError`, `KafkaError` or `TimeoutError`, and nothing was shown.
         """
+        if self._batcher.waiting >= self.settings.max_waiting:
+            raise BusyError(f"{self._batcher.waiting} requests wait already, try again")
         arm = arm_of(user, self._arms.control.shares)
         policy = self._arms.served(arm)
         if policy is None or not self._catalogue.items:
@@ -169,17 +178,7 @@ class Service:
             int(time.time() * 1000),
             self._explore,
         )
-        drawn = await self._batcher.draw(policy, prepared)
-        exposure = expose(
-            drawn.policy,
-            prepared,
-            drawn.row,
-            drawn.slates,
-            self._catalogue,
-            self.settings.temperature,
-            self._rng,
-            int(time.time() * 1000),
-        )
+        exposure = await self._slate(policy, prepared)
         SLOTS.labels("asked").inc(count)
         SLOTS.labels("filled").inc(len(exposure.items))
         if not exposure.items:
@@ -187,6 +186,27 @@ class Service:
         await self._send(EXPOSURES, [(user, encode(exposure))])
         self._users.exposed(user, [item.item for item in exposure.items], exposure.request)
         return exposure
+
+    async def _slate(self, policy: ServedPolicy, prepared: Prepared) -> Exposure:
+        """The policy's slate, or a fallback where that takes too long."""
+        temperature = self.settings.temperature
+        try:
+            async with asyncio.timeout(self.settings.patience_s):
+                drawn = await self._batcher.draw(policy, prepared)
+        except TimeoutError:
+            FALLBACKS.inc()
+            now_ms = int(time.time() * 1000)
+            return fall_back(policy, prepared, self._catalogue, temperature, self._rng, now_ms)
+        return expose(
+            drawn.policy,
+            prepared,
+            drawn.row,
+            drawn.slates,
+            self._catalogue,
+            temperature,
+            self._rng,
+            int(time.time() * 1000),
+        )
 
     async def feedback(self, events: Sequence[FeedbackLike], received_ms: int) -> int:
         """Take feedback; it is on the log when this returns. Raises as `recommend`."""

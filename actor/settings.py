@@ -27,5 +27,9 @@ class ActorSettings:
     """Probability that such a slot shows a new item, where there is one; else any item, all alike."""
     explore_span: Count = 1000
     """An item is new for this many changes of the catalogue."""
+    patience_s: Positive = 1.0
+    """A slate that is not drawn after this long is a fallback: any valid items, and logged as such."""
+    max_waiting: Count = 512
+    """Requests that may wait to be decoded; further ones are told to come again (429)."""
     max_batch: Count = 64
     """Most requests decoded together."""

@@ -79,9 +79,9 @@ def audit_propensity(config: Config, tell: Callable[[str], None] = lambda _: Non
     client = consumer(config.kafka.bootstrap)
     try:
         tell("reading exposures")
-        waiting, found.catalogue_changes = _exposures(client, config.kafka)
+        waiting, span = _exposures(client, config.kafka)
         tell("reading the catalogue")
-        catalogue = _catalogue(client, config)
+        catalogue, found.catalogue_changes = _catalogue(client, config, span)
         total = sum(map(len, waiting.values()))
         missing: Counter[str] = Counter()
         off: list[NDArray[np.float64]] = []
@@ -115,8 +115,8 @@ def audit_propensity(config: Config, tell: Callable[[str], None] = lambda _: Non
     return found
 
 
-def _exposures(client: KafkaConsumer, kafka: KafkaSettings) -> tuple[dict[int, list[bytes]], int]:
-    """The policy's exposures, packed, by version; and over how many catalogue versions they go."""
+def _exposures(client: KafkaConsumer, kafka: KafkaSettings) -> tuple[dict[int, list[bytes]], range]:
+    """The policy's exposures, packed, by version; and the catalogue versions from their first to their last."""
     waiting: dict[int, list[bytes]] = {}
     known: set[str] = set()
     catalogue_versions: list[int] = []
@@ -132,7 +132,8 @@ def _exposures(client: KafkaConsumer, kafka: KafkaSettings) -> tuple[dict[int, l
             if any(item.source == "policy" for item in event.items):
                 waiting.setdefault(event.policy_version, []).append(record.value)
                 catalogue_versions.append(event.catalogue_version)
-    return waiting, max(catalogue_versions, default=0) - min(catalogue_versions, default=0)
+    low, high = min(catalogue_versions, default=0), max(catalogue_versions, default=0)
+    return waiting, range(low, high + 1)
 
 
 def _policys(value: bytes) -> Exposure:
@@ -141,12 +142,15 @@ def _policys(value: bytes) -> Exposure:
     return event
 
 
-def _catalogue(client: KafkaConsumer, config: Config) -> Catalogue:
+def _catalogue(client: KafkaConsumer, config: Config, span: range) -> tuple[Catalogue, int]:
+    """The catalogue with all its versions, and how many records came after the first of `span` and in it."""
     catalogue = Catalogue(config.policy.codes)
+    changes = 0
     for record in read(client, CATALOGUE):
+        changes += record.offset in span[1:]
         with suppress(CatalogueError):  # passed over by every process
             catalogue.take(record.offset, record.key, record.value)
-    return catalogue
+    return catalogue, changes
 
 
 def _versions(weights: Iterable[ConsumerRecord]) -> Iterator[tuple[Manifest, bytes]]:

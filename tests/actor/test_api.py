@@ -8,7 +8,7 @@ from aiokafka.errors import KafkaConnectionError
 from fastapi import FastAPI
 
 from actor.api import application
-from actor.service import FeedbackLike, NotReadyError, Service
+from actor.service import BusyError, FeedbackLike, NotReadyError, Service
 from actor.settings import ActorSettings
 from streams.events import Exposure, ShownItem
 from tests.actor.asgi import call
@@ -102,6 +102,7 @@ async def test_a_slate_names_request_arm_versions_items_and_probabilities(app: F
         "policy_version": 3,
         "catalogue_version": 9,
         "items": [{"item": "i0", "position": 0, "logp": -5.5}],
+        "fallback": False,
     }
 
 
@@ -220,6 +221,16 @@ async def test_what_cannot_be_done_now_is_503_with_a_reason(
     assert answer.status == 503
     assert says in answer.json["detail"]
     assert answer.headers["retry-after"] == "1"
+
+
+async def test_too_many_at_once_is_429_with_a_time_to_come_again(
+    app: FastAPI, stand: Stand
+) -> None:
+    stand.raises = BusyError("512 requests wait already, try again")
+    answer = await call(app, "POST", "/recommend", {"user": "u"})
+    assert answer.status == 429
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json["detail"] == "512 requests wait already, try again"
 
 
 async def test_a_failure_of_ours_is_500_without_a_trace(

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,8 @@ import torch
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaConnectionError, OffsetOutOfRangeError
 
+from actor.recommend import decode
+from actor.sampling import Slates
 from actor.service import Service, ServiceError
 from actor.settings import ActorSettings
 from learner.batch import assemble
@@ -570,3 +573,68 @@ async def test_weights_whose_logits_are_not_finite_fail_their_requests_alone(
         assert (await actor.recommend(CONTROLLED)).status == 200
         assert not actor.service.fault
     assert "not finite" in caplog.text
+
+
+class Held:
+    """The policy, which answers when it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.begun = threading.Event()
+
+        def held(*arguments: Any) -> Slates:
+            self.begun.set()
+            self.go.wait(20)
+            return decode(*arguments)
+
+        monkeypatch.setattr("actor.service.decode", held)
+
+
+async def test_a_request_for_which_there_is_no_time_gets_valid_items_and_says_whose_they_are(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.fill_catalogue()
+    world.publish(1)
+    held = Held(monkeypatch)
+    async with acting(world, ActorSettings(patience_s=0.2)) as actor:
+        began = time.monotonic()
+        answer = await actor.recommend(LEARNING, 5)
+        assert time.monotonic() - began < 2.0
+        assert (answer.status, answer.json["fallback"]) == (200, True)
+        again = await actor.recommend(LEARNING, 5)
+        shown = [item["item"] for item in answer.json["items"] + again.json["items"]]
+        assert len(set(shown)) == 10, "what was shown is not shown again"
+        held.go.set()
+        later: list[dict[str, Any]] = []
+
+        async def by_the_policy() -> bool:
+            later.append((await actor.recommend(LEARNING, 2)).json)
+            return not later[-1]["fallback"]
+
+        await until(by_the_policy)
+    by_request = {exposure.request: exposure for exposure in world.exposures()}
+    fallback = by_request[answer.json["request"]]
+    assert (fallback.decode_mode, fallback.next_score, fallback.draw) == ("other", None, None)
+    assert [(item.source, item.logp_levels) for item in fallback.items] == [("other", None)] * 5
+    assert by_request[later[-1]["request"]].decode_mode == "gumbel_top_k"
+
+
+async def test_more_than_may_wait_are_told_to_come_again_and_the_others_are_served(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.fill_catalogue()
+    world.publish(1)
+    held = Held(monkeypatch)
+    async with acting(world, ActorSettings(max_waiting=3, max_batch=2, patience_s=10.0)) as actor:
+        first = asyncio.create_task(actor.recommend(user_of("learning", 0)))
+        await until(held.begun.is_set)
+        others = [asyncio.create_task(actor.recommend(user_of("learning", n))) for n in range(1, 9)]
+        await until(lambda: sum(task.done() for task in others) == 5)
+        held.go.set()
+        answers = await asyncio.gather(first, *others)
+        statuses = [answer.status for answer in answers]
+        assert statuses == [200] * 4 + [429] * 5
+        assert answers[-1].headers["retry-after"] == "1"
+        assert "wait already" in answers[-1].json["detail"]
+        assert (await actor.recommend(user_of("learning", 9))).status == 200
+    assert len(world.exposures()) == 5
