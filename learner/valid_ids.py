@@ -7,10 +7,12 @@ Notable choices
 - A catalogue version is the offset of the last applied catalogue record; a record takes effect at
   its own version: alive at v means born <= v < died.
 - What lives at one version is a `Tree` (learner/valid_tree.py), which may be shared between threads.
-  The index itself has one writer and one thread.
+  The last version's is made from the one before, at the cost of what changed; an earlier one's from
+  all stays. The index itself has one writer and one thread.
 """
 
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any, Final
@@ -48,6 +50,9 @@ class ValidIds:
         self._rows_of_key: dict[int, list[int]] = {}
         self._trees: OrderedDict[int, Tree] = OrderedDict()
         self._newborn: tuple[tuple[int, int], Keys] | None = None
+        self._newest: Tree | None = None
+        self._pending: dict[int, bool] = {}
+        """Leaves touched since the newest tree, and whether they live."""
 
     def upsert(self, version: int, item: str, sid: SemanticId) -> None:
         """Apply one upsert: the item has this semantic ID from `version` on.
@@ -64,17 +69,16 @@ class ValidIds:
         if row is not None:
             if self._key[row] == key:
                 return
-            self._died[row] = version
-        self._changed(version)
+            self._die(row, version)
         self._append(item, key, version, FOREVER)
+        self._changed(version, key)
 
     def delete(self, version: int, item: str) -> None:
         """Apply one tombstone; an item that does not live only advances the version."""
         self.advance(version)
         row = self._live_row(item)
         if row is not None:
-            self._changed(version)
-            self._died[row] = version
+            self._die(row, version)
 
     def advance(self, version: int) -> None:
         """Go on to a version whose record changes no leaf; raises `ValueError` on an older one."""
@@ -87,14 +91,29 @@ class ValidIds:
         self._check(version)
         tree = self._trees.get(version)
         if tree is None:
-            born, died = np.array(self._born), np.array(self._died)
-            alive = (born <= version) & (version < died)
-            tree = Tree(self.codes, np.unique(np.array(self._key)[alive]))
+            tree = self._present() if version == self.version else self._past(version)
             self._trees[version] = tree
             if len(self._trees) > KEPT_TREES:
                 self._trees.popitem(last=False)
         self._trees.move_to_end(version)
         return tree
+
+    def _present(self) -> Tree:
+        """The tree of the last version: the one before, with what has changed since."""
+        if self._newest is None:
+            self._newest = self._past(self.version)
+        elif self._pending:
+            key_n = np.fromiter(self._pending.keys(), np.int64, len(self._pending))
+            lives_n = np.fromiter(self._pending.values(), np.bool_, len(self._pending))
+            self._newest = self._newest.changed(key_n[lives_n], key_n[~lives_n])
+        self._pending.clear()
+        return self._newest
+
+    def _past(self, version: int) -> Tree:
+        """The tree of any version, from all stays."""
+        born, died = np.array(self._born), np.array(self._died)
+        alive = (born <= version) & (version < died)
+        return Tree(self.codes, np.unique(np.array(self._key)[alive]))
 
     def newborn(self, version: int, span: int) -> Keys:
         """Leaves, ascending, with a member alive at `version` that came with one of the last `span`
@@ -102,9 +121,12 @@ class ValidIds:
         self._check(version)
         asked = (version, span)
         if self._newborn is None or self._newborn[0] != asked:
-            born, died = np.array(self._born), np.array(self._died)
-            young = (version - span < born) & (born <= version) & (version < died)
-            self._newborn = asked, np.unique(np.array(self._key)[young])
+            first = bisect_right(
+                self._born, version - span
+            )  # stays stand in the order of their birth
+            born, died = np.array(self._born[first:]), np.array(self._died[first:])
+            alive = (born <= version) & (version < died)
+            self._newborn = asked, np.unique(np.array(self._key[first:])[alive])
         return self._newborn[1]
 
     def members(self, key: int, version: int) -> list[str]:
@@ -182,10 +204,15 @@ class ValidIds:
             index._append(names[start:end].decode(), *stay)
         return index
 
-    def _changed(self, version: int) -> None:
-        """A record of a version about which something may have been asked before."""
+    def _die(self, row: int, version: int) -> None:
+        self._died[row] = version
+        self._changed(version, self._key[row])
+
+    def _changed(self, version: int, key: int) -> None:
+        """A record touched this leaf, of a version about which something may have been asked before."""
         self._trees.pop(version, None)
         self._newborn = None
+        self._pending[key] = any(self._died[row] == FOREVER for row in self._rows_of_key[key])
 
     def _check(self, version: int) -> None:
         if version < self.oldest:

@@ -1,28 +1,37 @@
 """The tree of valid semantic IDs at one catalogue version, and what a request's exclusions take from it.
 
 Notable choices
-- A level is the sorted keys of its nodes, and where the children of each begin in the next: 8 bytes a leaf, and 16
-  a node above. Everything is asked by row: a node's children are a range, found without any search.
-- A `Tree` is immutable and may be shared between threads.
+- Everything is asked by row: a node's children are a range in the arena (learner/valid_arena.py), found without any
+  search.
+- A `Tree` is immutable and may be shared between threads. `changed` gives the tree of the next version: few changes
+  cost their buckets, many are merged.
 - Excluded leaves go exactly and on all three levels: a node goes when the number of its excluded live leaves equals
   its number of live leaves. Actor, learner and audit share `children`.
 - Nothing here is of the codebook's size: children come as lists, and a mask is made of them where one is asked for.
 
 Shapes: B requests, M prefixes (padding -1) of a request, N = B * M of them, n children, g nodes that are gone,
-k targets, K codes of a level. Node keys: the root is 0; below it c1, then c1 * K + c2, then
-(c1 * K + c2) * K + c3, as int64. Rows: a node's place among its level's nodes; the root is row 0 of its own.
+k targets, K codes of a level, T buckets. Node keys: the root is 0; below it c1, then c1 * K + c2, then
+(c1 * K + c2) * K + c3, as int64. Rows: on the first level a bucket's place in the tree's table, below it a place in
+the arena; the root is row 0 of its own.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from learner.valid_arena import Arena, Buckets, run_starts
+from learner.valid_arena import Keys as Keys
 from streams.events import LEVELS, SemanticId
 
-Keys = NDArray[np.int64]
+FEW: Final = 256
+"""Buckets that are written one by one; where more are touched, all leaves are merged anew."""
+WASTE: Final = 2
+"""Leaves in the arena over those that live, beyond `SLACK`, before it is written anew."""
+SLACK: Final = 1 << 16
 
 
 def keys_of(sids_n3: NDArray[np.integer[Any]], codes: int) -> Keys:
@@ -56,22 +65,20 @@ class Children(NamedTuple):
     code_n: Keys
 
 
+class Gone(NamedTuple):
+    """Nodes of one level that lost all their live leaves: whose, where, and below which node."""
+
+    request_g: Keys
+    row_g: Keys
+    parent_g: Keys
+
+
 @dataclass(frozen=True)
 class Exclusions:
-    """Nodes that lost all their live leaves, found once for the three levels of a slate.
-
-    Per level parallel arrays of request and node row, ascending.
-    """
+    """What a batch's excluded leaves take, found once for the three levels of a slate."""
 
     requests: int
-    gone: tuple[tuple[Keys, Keys], ...]
-
-
-def run_starts(values_n: Keys) -> NDArray[np.intp]:
-    """Where runs of equal values start."""
-    if not len(values_n):
-        return np.empty(0, dtype=np.intp)
-    return np.flatnonzero(np.concatenate([[True], values_n[1:] != values_n[:-1]]))
+    gone: tuple[Gone, ...]
 
 
 def ranges(low_N: Keys, size_N: Keys) -> Keys:
@@ -86,70 +93,117 @@ class Tree:
     def __init__(self, codes: int, leaves: Keys) -> None:
         """`leaves` must be sorted and without repeats."""
         self.codes: Final = codes
-        upper, start_2 = _parents(leaves, codes)
-        top, start_1 = _parents(upper, codes)
-        self._nodes: Final = (top, upper, leaves)
-        self._first: Final = (np.array([0, len(top)]), start_1, start_2)
-        """Per level of the child: where the children of each parent begin, and at last where they end."""
-        self._first_leaf: Final = (start_2[start_1], start_2)
-        for table in (*self._nodes, *self._first, *self._first_leaf):
-            table.flags.writeable = False
+        self._arena = Arena()
+        self._table = self._arena.add(leaves, codes)
+        self._count = len(leaves)
+        self._leaves: Keys | None = None
 
     def __len__(self) -> int:
-        return len(self._nodes[-1])
+        return self._count
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tree and of what it shares with other versions."""
+        return self._arena.nbytes + sum(part.nbytes for part in self._table)
 
     def leaves(self) -> Keys:
         """Keys of the live leaves, ascending; read-only."""
-        return self._nodes[-1]
+        if self._leaves is None:
+            leaves = self._arena.leaf_key[ranges(self._table.leaf_T, self._table.leaves_T)]
+            leaves.flags.writeable = False
+            self._leaves = leaves
+        return self._leaves
+
+    def changed(self, added: Keys, removed: Keys) -> Self:
+        """The tree with leaves added and removed (distinct keys; what is there or missing already is no change).
+
+        Of all trees that share an arena only one thread may ask this.
+        """
+        table = self._table
+        touched = np.unique(np.concatenate([added, removed]) // self.codes**2)
+        if len(touched) > FEW or self._arena.leaves > WASTE * self._count + SLACK:
+            return type(self)(self.codes, _merged(self.leaves(), added, removed))
+        own = np.isin(table.code_T, touched, assume_unique=True)
+        there = self._arena.leaf_key[ranges(table.leaf_T[own], table.leaves_T[own])]
+        block = self._arena.add(_merged(there, added, removed), self.codes)
+        parts = [np.concatenate([old[~own], new]) for old, new in zip(table, block, strict=True)]
+        order = np.argsort(parts[0], kind="stable")
+        tree = copy(self)
+        tree._table = Buckets(*(part[order] for part in parts))
+        tree._count = int(tree._table.leaves_T.sum())
+        tree._leaves = None
+        return tree
 
     def locate(self, excluded: Sequence[Keys]) -> Exclusions:
         """Find what a request's excluded leaf keys remove; one array a request, any order, repeats
         and leaves that do not live are ignored."""
-        leaves = self.leaves()
         request_n = np.repeat(np.arange(len(excluded)), [len(keys) for keys in excluded])
-        if not len(leaves) or not len(request_n):
-            nothing = np.empty(0, dtype=np.int64)
-            return Exclusions(len(excluded), ((nothing, nothing),) * LEVELS)
-        key_n = np.concatenate(excluded)
-        row_n = np.minimum(np.searchsorted(leaves, key_n), len(leaves) - 1)
-        lives_n = leaves[row_n] == key_n
+        key_n = np.concatenate(excluded) if len(excluded) else _none()
+        top_n, node_n, leaf_n = self._path(key_n, LEVELS)
+        lives = leaf_n >= 0
         # Sorted by request, then leaf: a node's excluded leaves stand together on every level.
-        place_n = np.unique(request_n[lives_n] * len(leaves) + row_n[lives_n])
-        request_n, row_n = np.divmod(place_n, len(leaves))
-        gone = [(request_n, row_n)]
-        for first in reversed(self._first_leaf):
-            node_n = np.searchsorted(first, row_n, side="right") - 1
-            starts = run_starts(request_n * len(first) + node_n)
-            sizes = np.diff(starts, append=len(node_n))
-            node_n = node_n[starts]
-            emptied = sizes == first[node_n + 1] - first[node_n]
-            gone.insert(0, (request_n[starts][emptied], node_n[emptied]))
+        _, once = np.unique(
+            request_n[lives] * (self._arena.leaves + 1) + leaf_n[lives], return_index=True
+        )
+        request_n, top_n, node_n, leaf_n = (
+            part[lives][once] for part in (request_n, top_n, node_n, leaf_n)
+        )
+        gone = [Gone(request_n, leaf_n, node_n)]
+        for row_n, parent_n, leaves in (
+            (node_n, top_n, self._arena.node_leaves),
+            (top_n, np.zeros_like(top_n), self._table.leaves_T),
+        ):
+            starts = run_starts(request_n * (self._arena.nodes + 1) + row_n)
+            sizes = np.diff(starts, append=len(row_n))
+            starts = starts[sizes == leaves[row_n[starts]]]
+            gone.insert(0, Gone(request_n[starts], row_n[starts], parent_n[starts]))
         return Exclusions(len(excluded), tuple(gone))
 
     def rows_of(self, prefix_BM: Keys, level: int) -> Keys:
-        """Rows of the nodes whose children are of `level`, by their keys; -1 where none lives."""
+        """Rows of the nodes with these keys of `level` codes; -1 where none lives."""
         if level == 0:
             return np.where(prefix_BM == 0, 0, -1)
-        nodes = self._nodes[level - 1]
-        if not len(nodes):
-            return np.full_like(prefix_BM, -1)
-        row_BM = np.minimum(np.searchsorted(nodes, prefix_BM), len(nodes) - 1)
-        return np.where(nodes[row_BM] == prefix_BM, row_BM, -1)
+        return self._path(prefix_BM.reshape(-1), level)[-1].reshape(prefix_BM.shape)
+
+    def _path(self, key_n: Keys, level: int) -> list[Keys]:
+        """Rows, down to `level`, of the nodes on the way to keys of so many codes; -1 where none lives."""
+        table, arena = self._table, self._arena
+        if not self._count:
+            return [np.full_like(key_n, -1)] * level
+        wanted_n = key_n // self.codes ** (level - 1)
+        row_n = np.minimum(np.searchsorted(table.code_T, wanted_n), len(table.code_T) - 1)
+        rows = [np.where(table.code_T[row_n] == wanted_n, row_n, -1)]
+        below = [
+            (arena.node_key, table.node_T, table.nodes_T),
+            (arena.leaf_key, arena.node_leaf, arena.node_leaves),
+        ]
+        for depth, (keys, low, size) in enumerate(below[: level - 1], start=2):
+            above = rows[-1]
+            low_n, size_n = (np.where(above >= 0, part[above], 0) for part in (low, size))
+            rows.append(_find(keys, low_n, size_n, key_n // self.codes ** (level - depth)))
+        return rows
 
     def children(self, row_BM: Keys, level: int, excluded: Exclusions | None = None) -> Children:
         """Valid children, at `level`, of the nodes in these rows; a padding row (-1) has none."""
         row_N = row_BM.reshape(-1)
-        if not len(self):
-            nothing = np.empty(0, dtype=np.int64)
-            return Children(nothing, nothing, nothing)
-        first = self._first[level]
-        low_N = first[row_N]
-        size_N = np.where(row_N >= 0, first[row_N + 1] - low_N, 0)
+        if not self._count:
+            return Children(_none(), _none(), _none())
+        table, arena = self._table, self._arena
+        if level == 0:
+            keys, parent_N = table.code_T, np.zeros_like(row_N)
+            low_N, size_N = parent_N, np.full_like(row_N, len(table.code_T))
+        elif level == 1:
+            keys, parent_N = arena.node_key, table.code_T[row_N]
+            low_N, size_N = table.node_T[row_N], table.nodes_T[row_N]
+        else:
+            keys, parent_N = arena.leaf_key, arena.node_key[row_N]
+            low_N, size_N = arena.node_leaf[row_N], arena.node_leaves[row_N]
+        size_N = np.where(row_N >= 0, size_N, 0)
         row_n = ranges(low_N, size_N)
         place_n = np.repeat(np.arange(len(row_N)), size_N)
-        code_n = self._nodes[level][row_n]
+        code_n = keys[row_n]
         if level:
-            code_n -= np.repeat(self._nodes[level - 1][row_N] * self.codes, size_N)
+            code_n -= np.repeat(parent_N * self.codes, size_N)
         children = Children(place_n, row_n, code_n)
         if excluded is None:
             return children
@@ -157,30 +211,12 @@ class Tree:
             raise ValueError(
                 f"{excluded.requests} lists of excluded leaves for {len(row_BM)} requests"
             )
-        gone = self._gone_among(row_BM, level, low_N, size_N, excluded)
+        gone = _among(excluded.gone[level], row_BM, low_N, size_N)
         if not len(gone):
             return children
         kept_n = np.ones(len(row_n), dtype=bool)
         kept_n[gone] = False
         return Children(*(part[kept_n] for part in children))
-
-    def _gone_among(
-        self, row_BM: Keys, level: int, low_N: Keys, size_N: Keys, excluded: Exclusions
-    ) -> Keys:
-        """Places, among all children of these rows, of those that a request's exclusions took."""
-        request_g, row_g = excluded.gone[level]
-        first = self._first[level]
-        parent_g = np.searchsorted(first, row_g, side="right") - 1
-        asked_N = (np.arange(len(row_BM))[:, None] * len(first) + row_BM).reshape(-1)
-        asked_N[row_BM.reshape(-1) < 0] = -1
-        order_N = np.argsort(asked_N, kind="stable")
-        wanted_g = request_g * len(first) + parent_g
-        # A prefix may be asked for several times in a request: targets share them.
-        low_g = np.searchsorted(asked_N, wanted_g, side="left", sorter=order_N)
-        times_g = np.searchsorted(asked_N, wanted_g, side="right", sorter=order_N) - low_g
-        at_h = order_N[ranges(low_g, times_g)]
-        before_N = size_N.cumsum() - size_N
-        return before_N[at_h] + np.repeat(row_g, times_g) - low_N[at_h]
 
     def child_mask(
         self,
@@ -223,8 +259,48 @@ class Tree:
         return masks
 
 
-def _parents(keys: Keys, codes: int) -> tuple[Keys, Keys]:
-    """Keys of the parents of sorted nodes, and where each one's children begin, with their end at last."""
-    upper = keys // codes
-    starts = run_starts(upper)
-    return upper[starts], np.append(starts, len(keys))
+def _none() -> Keys:
+    return np.empty(0, dtype=np.int64)
+
+
+def _merged(own: Keys, added: Keys, removed: Keys) -> Keys:
+    """Sorted keys with others added and removed."""
+    if len(own):
+        at = np.minimum(np.searchsorted(own, removed), len(own) - 1)
+        kept = np.ones(len(own), dtype=bool)
+        kept[at[own[at] == removed]] = False
+        own = own[kept]
+    added = np.sort(added)
+    if not len(own):
+        return added
+    at = np.searchsorted(own, added)
+    fresh = own[np.minimum(at, len(own) - 1)] != added
+    return np.insert(own, at[fresh], added[fresh])
+
+
+def _find(values: Keys, low_n: Keys, size_n: Keys, wanted_n: Keys) -> Keys:
+    """Where each wanted value stands in its own sorted slice [low, low + size) of `values`; -1 where not."""
+    end_n = low_n + size_n
+    at_n, until_n = low_n, end_n
+    last = len(values) - 1
+    for _ in range(int(size_n.max(initial=0)).bit_length()):
+        middle_n = (at_n + until_n) >> 1
+        less_n = (at_n < until_n) & (values[np.minimum(middle_n, last)] < wanted_n)
+        at_n, until_n = np.where(less_n, middle_n + 1, at_n), np.where(less_n, until_n, middle_n)
+    found_n = (at_n < end_n) & (values[np.minimum(at_n, last)] == wanted_n)
+    return np.where(found_n, at_n, -1)
+
+
+def _among(gone: Gone, row_BM: Keys, low_N: Keys, size_N: Keys) -> Keys:
+    """Places, among all children of these rows, of those that the requests' exclusions took."""
+    most = max(row_BM.max(initial=0), gone.parent_g.max(initial=0)) + 1
+    asked_N = (np.arange(len(row_BM))[:, None] * most + row_BM).reshape(-1)
+    asked_N[row_BM.reshape(-1) < 0] = -1
+    order_N = np.argsort(asked_N, kind="stable")
+    wanted_g = gone.request_g * most + gone.parent_g
+    # A prefix may be asked for several times in a request: targets share them.
+    low_g = np.searchsorted(asked_N, wanted_g, side="left", sorter=order_N)
+    times_g = np.searchsorted(asked_N, wanted_g, side="right", sorter=order_N) - low_g
+    at_h = order_N[ranges(low_g, times_g)]
+    before_N = size_N.cumsum() - size_N
+    return before_N[at_h] + np.repeat(gone.row_g, times_g) - low_N[at_h]

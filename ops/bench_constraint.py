@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,7 @@ from actor.sampling import draw
 from learner.decoder import LazyDecoder
 from learner.policy import PolicyError, build
 from learner.valid_tree import Children, Keys, Tree
+from ops.bench_constraint_changes import changes
 from ops.bench_constraint_parts import (
     Load,
     TimedTree,
@@ -197,6 +199,7 @@ def measure(
             f"batch_{batch}": asked_otherwise(model, trees[max(sizes)]["kmeans"], batch, 6, seed)
             for batch in BATCHES[:2]
         },
+        "changes": changes(model, trees[max(sizes)]["kmeans"].leaves(), seed, say),
         "largest_node": {
             f"items_{size}": {kind: _widest(tree) for kind, tree in of_kind.items()}
             for size, of_kind in trees.items()
@@ -207,10 +210,16 @@ def measure(
 
 def checks_of(results: dict[str, Any]) -> list[Check]:
     """The figures held against their goals."""
-    return [
-        Check(f"overhead.{name}", value, "<= 0", value <= 0, correctness=False)
+    changed, speed = results["changes"], partial(Check, correctness=False)
+    checks = [
+        speed(f"overhead.{name}", value, "<= 0", value <= 0)
         for name, value in results["overhead"].items()
     ]
+    for name, goal in (("insert_10000_s", 0.1), ("insert_one_p99_s", 0.001)):
+        checks.append(speed(name, changed[name], f"< {goal}", changed[name] < goal))
+    for kind, ratio in changed["serving_over_quiet"].items():
+        checks.append(speed(f"serving_over_quiet.{kind}", ratio, "<= 1.2", ratio <= 1.2))
+    return checks
 
 
 def run(

@@ -19,6 +19,7 @@ Op = tuple[str, SemanticId | None]
 code = st.integers(0, CODES - 1)
 # Few items and few leaves, so that leaves die, are born again, and are shared.
 sid = st.sampled_from([(0, 0, 0), (0, 0, 1), (0, 2, 1), (1, 1, 1), (2, 0, 0), (2, 0, 2), (2, 2, 2)])
+leaf = st.tuples(code, code, code)
 operation = st.tuples(st.sampled_from("abcdefgh"), sid | st.none())
 operations = st.lists(operation, max_size=40)
 
@@ -233,6 +234,67 @@ def test_lists_of_exclusions_must_match_the_requests() -> None:
         tree.child_mask(np.zeros((1, 1), np.int64), 0, [np.zeros(1, np.int64)] * 2)
 
 
+leaf_sets = st.sets(st.integers(0, CODES**3 - 1))
+
+
+@pytest.mark.parametrize("few", [0, 2, 1000], ids=["merged", "either", "bucket by bucket"])
+@given(leaf_sets, st.lists(st.tuples(leaf_sets, leaf_sets), max_size=8), st.sets(leaf))
+def test_a_changed_tree_is_the_tree_of_its_leaves_and_those_before_it_stay(
+    few: int,
+    first: set[int],
+    changes: list[tuple[set[int], set[int]]],
+    gone: set[SemanticId],
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("learner.valid_tree.FEW", few)
+        live = set(first)
+        trees = [(Tree(CODES, np.array(sorted(live), dtype=np.int64)), set(live))]
+        for added, removed in changes:
+            added = added - removed
+            live = (live - removed) | added
+            tree = trees[-1][0].changed(
+                np.array(list(added), dtype=np.int64), np.array(list(removed), dtype=np.int64)
+            )
+            trees.append((tree, set(live)))
+    for tree, keys in trees:
+        assert tree.leaves().tolist() == sorted(keys)
+        assert len(tree) == len(keys)
+        of = [tuple(sid) for sid in sids_of(tree.leaves(), CODES).tolist()]
+        assert_tree_is(tree, {(a, b, c) for a, b, c in of}, [gone, set()])
+
+
+def test_an_arena_that_is_mostly_waste_is_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = np.arange(0, 4000, 2)
+    tree = Tree(16, leaves)
+    most = tree.nbytes
+    for turn in range(2_000):
+        odd = np.array([2 * turn + 1])
+        tree = tree.changed(odd, odd - 1)
+    assert tree.leaves().tolist() == list(range(1, 4000, 2))
+    monkeypatch.setattr("learner.valid_tree.SLACK", 1 << 10)
+    tree = tree.changed(np.array([0]), np.array([1]))
+    assert tree.leaves().tolist() == [0, *range(3, 4000, 2)]
+    assert tree.nbytes < 2 * most
+
+
+@given(operations, st.sets(st.integers(0, 40)))
+def test_a_version_asked_for_as_it_comes_is_the_one_asked_for_later(
+    ops: list[Op], asked: set[int]
+) -> None:
+    index = ValidIds(CODES)
+    for version, (item, to) in enumerate(ops):
+        # Two records share a version now and then, as in a bulk load.
+        at = version - version % 2
+        index.upsert(at, item, to) if to is not None else index.delete(at, item)
+        if version in asked:
+            state = catalogue_at(ops, version)
+            assert index.tree(at).leaves().tolist() == sorted({key(one) for one in state.values()})
+    for version in range(0, len(ops), 2):
+        state = catalogue_at(ops, min(version + 1, len(ops) - 1))
+        found = index.tree(version).leaves().tolist()
+        assert found == sorted({key(one) for one in state.values()})
+
+
 @given(operations, st.sets(st.tuples(code, code, code)), st.data())
 def test_children_are_the_mask_as_a_list_also_of_prefixes_asked_for_twice(
     ops: list[Op], gone: set[SemanticId], data: st.DataObject
@@ -250,10 +312,7 @@ def test_children_are_the_mask_as_a_list_also_of_prefixes_asked_for_twice(
         assert children.place_n.tolist() == place.tolist()
         assert children.code_n.tolist() == code.tolist()
         child = prefix_BM.reshape(-1)[children.place_n] * CODES + children.code_n
-        if level < 2:
-            assert tree.rows_of(child, level + 1).tolist() == children.row_n.tolist()
-        else:
-            assert tree.leaves()[children.row_n].tolist() == child.tolist()
+        assert tree.rows_of(child, level + 1).tolist() == children.row_n.tolist()
 
 
 def test_keys_and_ids_are_each_others_inverse_and_order_like_the_ids() -> None:
