@@ -8,12 +8,15 @@ Notable choices
 - When an array is full it is copied into one half as large again; readers may go on in the old one.
 """
 
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Keys = NDArray[np.int64]
+Places = NDArray[np.int32]
+
+_T = TypeVar("_T", np.int64, np.int32)
 
 SPARE: Final = 1.5
 """Room of an array over what it must hold."""
@@ -47,9 +50,9 @@ class Arena:
     def __init__(self) -> None:
         self.leaf_key = np.empty(_LEAST, dtype=np.int64)
         self.node_key = np.empty(_LEAST, dtype=np.int64)
-        self.node_leaf = np.empty(_LEAST, dtype=np.int64)
+        self.node_leaf: Places = np.empty(_LEAST, dtype=np.int32)
         """Where a node's leaves begin."""
-        self.node_leaves = np.empty(_LEAST, dtype=np.int64)
+        self.node_leaves: Places = np.empty(_LEAST, dtype=np.int32)
         """How many they are."""
         self.leaves = self.nodes = 0
         """How much is used."""
@@ -90,14 +93,15 @@ class Arena:
             self.leaf_key = _longer(self.leaf_key, self.leaves)
         if self.nodes > len(self.node_key):
             # All three first, and only then in their places: a reader takes one after the other.
-            longer = [
-                _longer(part, self.nodes)
-                for part in (self.node_key, self.node_leaf, self.node_leaves)
-            ]
-            self.node_key, self.node_leaf, self.node_leaves = longer
+            key, leaf, leaves_of = (
+                _longer(self.node_key, self.nodes),
+                _longer(self.node_leaf, self.nodes),
+                _longer(self.node_leaves, self.nodes),
+            )
+            self.node_key, self.node_leaf, self.node_leaves = key, leaf, leaves_of
 
 
-def _longer(array: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+def _longer(array: NDArray[_T], length: int) -> NDArray[_T]:
     copy = np.empty(int(length * SPARE), dtype=array.dtype)
     copy[: len(array)] = array
     return copy

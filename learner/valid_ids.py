@@ -71,7 +71,7 @@ class ValidIds:
                 return
             self._die(row, version)
         self._append(item, key, version, FOREVER)
-        self._changed(version, key)
+        self._changed(version, key, True)
 
     def delete(self, version: int, item: str) -> None:
         """Apply one tombstone; an item that does not live only advances the version."""
@@ -206,13 +206,15 @@ class ValidIds:
 
     def _die(self, row: int, version: int) -> None:
         self._died[row] = version
-        self._changed(version, self._key[row])
+        key = self._key[row]
+        lives = any(self._died[other] == FOREVER for other in self._rows_of_key[key])
+        self._changed(version, key, lives)
 
-    def _changed(self, version: int, key: int) -> None:
+    def _changed(self, version: int, key: int, lives: bool) -> None:
         """A record touched this leaf, of a version about which something may have been asked before."""
         self._trees.pop(version, None)
         self._newborn = None
-        self._pending[key] = any(self._died[row] == FOREVER for row in self._rows_of_key[key])
+        self._pending[key] = lives
 
     def _check(self, version: int) -> None:
         if version < self.oldest:

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from learner.valid_arena import Arena, Buckets, run_starts
+from learner.valid_arena import Arena, Buckets, Places, run_starts
 from learner.valid_arena import Keys as Keys
 from streams.events import LEVELS, SemanticId
 
@@ -173,13 +173,14 @@ class Tree:
         wanted_n = key_n // self.codes ** (level - 1)
         row_n = np.minimum(np.searchsorted(table.code_T, wanted_n), len(table.code_T) - 1)
         rows = [np.where(table.code_T[row_n] == wanted_n, row_n, -1)]
-        below = [
+        below: list[tuple[Keys, Keys | Places, Keys | Places]] = [
             (arena.node_key, table.node_T, table.nodes_T),
             (arena.leaf_key, arena.node_leaf, arena.node_leaves),
         ]
         for depth, (keys, low, size) in enumerate(below[: level - 1], start=2):
             above = rows[-1]
-            low_n, size_n = (np.where(above >= 0, part[above], 0) for part in (low, size))
+            low_n = np.where(above >= 0, low[above], 0)
+            size_n = np.where(above >= 0, size[above], 0)
             rows.append(_find(keys, low_n, size_n, key_n // self.codes ** (level - depth)))
         return rows
 
@@ -189,16 +190,19 @@ class Tree:
         if not self._count:
             return Children(_none(), _none(), _none())
         table, arena = self._table, self._arena
+        low: Keys | Places
+        size: Keys | Places
         if level == 0:
             keys, parent_N = table.code_T, np.zeros_like(row_N)
-            low_N, size_N = parent_N, np.full_like(row_N, len(table.code_T))
+            low, size = parent_N, np.full_like(row_N, len(table.code_T))
         elif level == 1:
             keys, parent_N = arena.node_key, table.code_T[row_N]
-            low_N, size_N = table.node_T[row_N], table.nodes_T[row_N]
+            low, size = table.node_T[row_N], table.nodes_T[row_N]
         else:
             keys, parent_N = arena.leaf_key, arena.node_key[row_N]
-            low_N, size_N = arena.node_leaf[row_N], arena.node_leaves[row_N]
-        size_N = np.where(row_N >= 0, size_N, 0)
+            low, size = arena.node_leaf[row_N], arena.node_leaves[row_N]
+        low_N = low.astype(np.int64)
+        size_N = np.where(row_N >= 0, size, 0).astype(np.int64)
         row_n = ranges(low_N, size_N)
         place_n = np.repeat(np.arange(len(row_N)), size_N)
         code_n = keys[row_n]
