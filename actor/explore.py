@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actor.settings import ActorSettings
-from learner.valid_tree import Keys
+from learner.valid_tree import Keys, Tree
 
 
 @dataclass(frozen=True)
@@ -35,57 +35,53 @@ class Exploration:
 
 
 class _Uniform:
-    """Leaf keys of which some are gone; draws among the others in time that grows with the gone alone."""
+    """A tree's leaves of which some are gone; draws among the others, at the cost of those that are gone."""
 
-    def __init__(self, keys: Keys, gone: Keys) -> None:
-        self._keys = keys
-        rows = np.searchsorted(keys, gone)
-        known = rows < len(keys)
-        rows, gone = rows[known], gone[known]
-        self._gone: list[int] = np.unique(rows[keys[rows] == gone]).tolist()
+    def __init__(self, tree: Tree, gone: Keys) -> None:
+        self._tree = tree
+        ranks = np.unique(tree.ranks_of(gone))
+        self._gone: list[int] = ranks[ranks >= 0].tolist()
 
     @property
     def left(self) -> int:
-        return len(self._keys) - len(self._gone)
+        return len(self._tree) - len(self._gone)
 
     def draw(self, rng: np.random.Generator) -> int:
-        row = int(rng.integers(self.left))
+        rank = int(rng.integers(self.left))
         for gone in self._gone:
-            if gone > row:
+            if gone > rank:
                 break
-            row += 1
-        return int(self._keys[row])
+            rank += 1
+        return self._tree.key_at(rank)
 
-    def row_of(self, key: int) -> int:
-        """Where the key stands, or -1 where it is not among those left."""
-        row = int(np.searchsorted(self._keys, key))
-        if row == len(self._keys) or self._keys[row] != key:
-            return -1
-        at = bisect_left(self._gone, row)
-        return -1 if at < len(self._gone) and self._gone[at] == row else row
+    def rank_of(self, key: int) -> int:
+        """The leaf's rank, or -1 where it is not among those left."""
+        rank = int(self._tree.ranks_of(np.array([key]))[0])
+        at = bisect_left(self._gone, rank)
+        return -1 if at < len(self._gone) and self._gone[at] == rank else rank
 
     def take(self, key: int) -> None:
-        row = self.row_of(key)
-        if row >= 0:
-            insort(self._gone, row)
+        rank = self.rank_of(key)
+        if rank >= 0:
+            insort(self._gone, rank)
 
 
 class Pool:
     """What the reserved slots of one request are drawn from."""
 
-    def __init__(self, live: Keys, new: Keys, taken: Keys, share: float) -> None:
-        """`live` and `new` (among them) are ascending leaf keys, `taken` any that must not be shown."""
+    def __init__(self, live: Tree, new: Tree, taken: Keys, share: float) -> None:
+        """`new` holds leaves of `live`; `taken` are keys of any that must not be shown."""
         self._live = _Uniform(live, taken)
         self._new = _Uniform(new, taken)
         self._share = share
 
     def logp(self, key: int) -> float:
         """Log-probability that the next slot shows this leaf; -inf where it cannot."""
-        if self._live.row_of(key) < 0:
+        if self._live.rank_of(key) < 0:
             return -np.inf
         share = self._share if self._new.left else 0.0
         p = (1.0 - share) / self._live.left
-        if self._new.row_of(key) >= 0:
+        if self._new.rank_of(key) >= 0:
             p += share / self._new.left
         return float(np.log(p))
 

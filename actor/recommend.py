@@ -5,7 +5,7 @@ a batch of prepared requests of one version, and `expose` turns a draw into the 
 `fall_back` is the slate of a request for which there was no time.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -27,10 +27,6 @@ SEEDS: Final = 1 << 53
 """Seeds of draws are below this: JSON readers keep such integers."""
 
 
-def _nothing() -> Keys:
-    return np.empty(0, dtype=np.int64)
-
-
 @dataclass(frozen=True)
 class Prepared:
     """One request as the policy will see it."""
@@ -47,7 +43,7 @@ class Prepared:
     shown: frozenset[str]
     explore: Exploration = NO_EXPLORATION
     """Its slots are those of this request."""
-    new: Keys = field(default_factory=_nothing)
+    new: Tree | None = None
     """New leaves, where slots are reserved."""
 
 
@@ -82,7 +78,7 @@ def prepare(
         excluded=valid.exhausted(shown, version),
         shown=frozenset(shown),
         explore=explore,
-        new=valid.newborn(version, explore.span) if explore.slots else _nothing(),
+        new=valid.newborn(version, explore.span) if explore.slots else None,
     )
 
 
@@ -144,7 +140,8 @@ def expose(
         slate.show("policy", key, float(logp_leaf), (first, second, third), float(score))
     if one.explore.slots:
         taken = np.concatenate([one.excluded, keys])
-        pool = Pool(one.tree.leaves(), one.new, taken, one.explore.new)
+        assert one.new is not None
+        pool = Pool(one.tree, one.new, taken, one.explore.new)
         for key, logp in pool.draw(one.explore.slots, rng):
             slate.show("explore", key, logp)
     drawn = None
@@ -166,7 +163,9 @@ def fall_back(
     """A slate without the policy: every valid leaf alike, without replacement. It says that it is not the
     policy's."""
     slate = _Slate(one, catalogue, rng)
-    pool = Pool(one.tree.leaves(), _nothing(), one.excluded, one.explore.new)
+    pool = Pool(
+        one.tree, one.tree, one.excluded, one.explore.new
+    )  # where all are new, all are alike
     for key, logp in pool.draw(one.count + one.explore.slots, rng):
         slate.show("other", key, logp)
     return slate.exposure("other", policy.version, temperature, now_ms)

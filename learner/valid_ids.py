@@ -49,7 +49,7 @@ class ValidIds:
         self._rows_of_item: dict[str, list[int]] = {}
         self._rows_of_key: dict[int, list[int]] = {}
         self._trees: OrderedDict[int, Tree] = OrderedDict()
-        self._newborn: tuple[tuple[int, int], Keys] | None = None
+        self._newborn: tuple[tuple[int, int], Tree] | None = None
         self._newest: Tree | None = None
         self._pending: dict[int, bool] = {}
         """Leaves touched since the newest tree, and whether they live."""
@@ -115,8 +115,8 @@ class ValidIds:
         alive = (born <= version) & (version < died)
         return Tree(self.codes, np.unique(np.array(self._key)[alive]))
 
-    def newborn(self, version: int, span: int) -> Keys:
-        """Leaves, ascending, with a member alive at `version` that came with one of the last `span`
+    def newborn(self, version: int, span: int) -> Tree:
+        """The leaves with a member alive at `version` that came with one of the last `span`
         versions; raises `UnknownVersionError`. The latest answer is kept."""
         self._check(version)
         asked = (version, span)
@@ -126,7 +126,8 @@ class ValidIds:
             )  # stays stand in the order of their birth
             born, died = np.array(self._born[first:]), np.array(self._died[first:])
             alive = (born <= version) & (version < died)
-            self._newborn = asked, np.unique(np.array(self._key[first:])[alive])
+            keys = np.unique(np.array(self._key[first:])[alive])
+            self._newborn = asked, Tree(self.codes, keys)
         return self._newborn[1]
 
     def members(self, key: int, version: int) -> list[str]:

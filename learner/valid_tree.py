@@ -94,8 +94,13 @@ class Tree:
         """`leaves` must be sorted and without repeats."""
         self.codes: Final = codes
         self._arena = Arena()
-        self._table = self._arena.add(leaves, codes)
-        self._count = len(leaves)
+        self._take(self._arena.add(leaves, codes))
+
+    def _take(self, table: Buckets) -> None:
+        """These buckets are the tree."""
+        self._table = table
+        self._count = int(table.leaves_T.sum())
+        self._before_T = table.leaves_T.cumsum() - table.leaves_T
         self._leaves: Keys | None = None
 
     def __len__(self) -> int:
@@ -114,6 +119,20 @@ class Tree:
             self._leaves = leaves
         return self._leaves
 
+    def key_at(self, rank: int) -> int:
+        """The key of the leaf before which so many others stand."""
+        bucket = int(np.searchsorted(self._before_T, rank, side="right")) - 1
+        return int(self._arena.leaf_key[self._table.leaf_T[bucket] + rank - self._before_T[bucket]])
+
+    def ranks_of(self, keys_n: Keys) -> Keys:
+        """How many leaves stand before each of these; -1 for what is not a live leaf."""
+        top_n, _, leaf_n = self._path(keys_n, LEVELS)
+        lives = leaf_n >= 0
+        ranks_n = np.full_like(keys_n, -1)
+        top = top_n[lives]
+        ranks_n[lives] = self._before_T[top] + leaf_n[lives] - self._table.leaf_T[top]
+        return ranks_n
+
     def changed(self, added: Keys, removed: Keys) -> Self:
         """The tree with leaves added and removed (distinct keys; what is there or missing already is no change).
 
@@ -129,9 +148,7 @@ class Tree:
         parts = [np.concatenate([old[~own], new]) for old, new in zip(table, block, strict=True)]
         order = np.argsort(parts[0], kind="stable")
         tree = copy(self)
-        tree._table = Buckets(*(part[order] for part in parts))
-        tree._count = int(tree._table.leaves_T.sum())
-        tree._leaves = None
+        tree._take(Buckets(*(part[order] for part in parts)))
         return tree
 
     def locate(self, excluded: Sequence[Keys]) -> Exclusions:

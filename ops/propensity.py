@@ -153,7 +153,7 @@ def _explored(
     new = catalogue.valid.newborn(exposure.catalogue_version, explore.span)
     shown = drawn_J3[: one.count]
     taken = np.concatenate([one.excluded, keys_of(shown[shown[:, 0] >= 0], codes)])
-    pool = Pool(one.tree.leaves(), new, taken, explore.new)
+    pool = Pool(one.tree, new, taken, explore.new)
     for item in items:
         (key,) = keys_of(np.array([item.sid]), codes).tolist()
         if not _lawful_hop(item, pool.logp(key), exposure, catalogue):

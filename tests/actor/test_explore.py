@@ -12,7 +12,7 @@ from actor.settings import ActorSettings
 from actor.users import Users
 from learner.batch import assemble
 from learner.catalogue import Catalogue
-from learner.valid_tree import Keys, keys_of, sid_of
+from learner.valid_tree import Tree, keys_of, sid_of
 from ops.propensity import differences, drawn_again
 from streams.events import Exposure, unpack_leaves
 from tests.actor.slates import CODES, ROWS, known_users, sampled, served
@@ -21,15 +21,15 @@ from tests.learner.makers import NOW_MS, SMALL, random_catalogue, upsert
 # Seeded: a test of a law fails for good or never. Chance alone gives less once in 10,000 tests.
 LEAST_P = 1e-4
 
-LIVE = np.arange(0, 60, 3)
-NEW = np.array([6, 9, 30, 57])
+LIVE = Tree(4, np.arange(0, 60, 3))
+NEW = Tree(4, np.array([6, 9, 30, 57]))
 TAKEN = np.array([9, 12, 13, 99, 0])
 
 
-def plain_law(live: Keys, new: Keys, taken: set[int], share: float) -> dict[int, float]:
+def plain_law(live: Tree, new: Tree, taken: set[int], share: float) -> dict[int, float]:
     """The law in words: `share` to the new that are left, the rest to all that are left."""
-    left = [key for key in live.tolist() if key not in taken]
-    fresh = [key for key in new.tolist() if key not in taken]
+    left = [key for key in live.leaves().tolist() if key not in taken]
+    fresh = [key for key in new.leaves().tolist() if key not in taken]
     share = share if fresh else 0.0
     return {
         key: (1 - share) / len(left) + (share / len(fresh) if key in fresh else 0.0) for key in left
@@ -59,11 +59,11 @@ def test_slots_come_with_their_law_one_after_the_other() -> None:
 def test_a_pool_runs_dry_of_new_leaves_and_then_of_all() -> None:
     pool = Pool(LIVE, NEW, np.empty(0, np.int64), 0.5)
     drawn = list(pool.draw(100, np.random.default_rng(2)))
-    assert sorted(key for key, _ in drawn) == LIVE.tolist()
+    assert sorted(key for key, _ in drawn) == LIVE.leaves().tolist()
     assert drawn[-1][1] == pytest.approx(0.0)
     assert pool.logp(3) == -np.inf
-    assert Pool(LIVE, NEW, LIVE, 0.5).logp(6) == -np.inf
-    assert list(Pool(LIVE, NEW, LIVE, 0.5).draw(3, np.random.default_rng(3))) == []
+    assert Pool(LIVE, NEW, LIVE.leaves(), 0.5).logp(6) == -np.inf
+    assert list(Pool(LIVE, NEW, LIVE.leaves(), 0.5).draw(3, np.random.default_rng(3))) == []
 
 
 def served_with(
@@ -163,6 +163,7 @@ def test_reserved_slots_are_settings() -> None:
     users, catalogue = Users(settings), random_catalogue(CODES, 20, seed=8)
     one = prepare("r", "u", "learning", 6, users, catalogue, 4, NOW_MS, Exploration.of(settings))
     assert (one.count, one.explore.slots) == (4, 2)
-    assert one.new.tolist() == sorted(
+    assert one.new is not None
+    assert one.new.leaves().tolist() == sorted(
         keys_of(np.array([catalogue.items[f"i{n}"].sid for n in range(13, 20)]), CODES).tolist()
     )

@@ -120,7 +120,7 @@ def test_newborn_leaves_are_those_with_a_member_that_came_lately(ops: list[Op], 
         elif item not in came or came[item][0] != leaf:
             came[item] = (leaf, version)
         young = {key(leaf) for leaf, born in came.values() if born > version - span}
-        assert index.newborn(version, span).tolist() == sorted(young)
+        assert index.newborn(version, span).leaves().tolist() == sorted(young)
     with pytest.raises(UnknownVersionError):
         index.newborn(len(ops), span)
 
@@ -259,6 +259,10 @@ def test_a_changed_tree_is_the_tree_of_its_leaves_and_those_before_it_stay(
     for tree, keys in trees:
         assert tree.leaves().tolist() == sorted(keys)
         assert len(tree) == len(keys)
+        assert [tree.key_at(rank) for rank in range(len(tree))] == sorted(keys)
+        ranks = tree.ranks_of(np.arange(CODES**3)).tolist()
+        assert [at for at, rank in enumerate(ranks) if rank >= 0] == sorted(keys)
+        assert [rank for rank in ranks if rank >= 0] == list(range(len(keys)))
         of = [tuple(sid) for sid in sids_of(tree.leaves(), CODES).tolist()]
         assert_tree_is(tree, {(a, b, c) for a, b, c in of}, [gone, set()])
 
