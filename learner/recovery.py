@@ -12,7 +12,7 @@ Notable choices (contract of the policy, "Versions")
 
 import logging
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -252,14 +252,20 @@ def _at(progress: Progress, began: int, manifests: list[Manifest], last: Manifes
     return progress
 
 
-def _published(bootstrap: str, last: Manifest) -> State:
-    """The state of a version from its records."""
+def whole_versions(bootstrap: str) -> Generator[tuple[Manifest, bytes], None, None]:
+    """Manifest and unchecked bytes of each version that is whole in the log, in its order."""
     assembler = Assembler()
     for record in records(bootstrap, WEIGHTS_ANCHORS):
-        try:
+        with suppress(WeightError):
             whole = assembler.take(record.value)
-        except WeightError:
-            continue
-        if whole is not None and whole[0].version == last.version:
-            return verified_state(*whole)
+            if whole is not None:
+                yield whole
+
+
+def _published(bootstrap: str, last: Manifest) -> State:
+    """The state of a version from its records."""
+    with closing(whole_versions(bootstrap)) as versions:
+        for manifest, content in versions:
+            if manifest.version == last.version:
+                return verified_state(manifest, content)
     raise RecoveryError(f"version {last.version} is not whole in the log")

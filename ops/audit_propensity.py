@@ -11,7 +11,7 @@ Notable choices
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,13 +20,13 @@ from typing import Final
 import numpy as np
 import torch
 from kafka import KafkaConsumer
-from kafka.consumer.fetcher import ConsumerRecord
 from numpy.typing import NDArray
 from rich.console import Console
 
 from actor.explore import Exploration
 from actor.policy import ServedPolicy, materialise
 from learner.catalogue import Catalogue, CatalogueError
+from learner.recovery import whole_versions
 from learner.valid_ids import UnknownVersionError
 from ops.cluster import visited
 from ops.config import Config
@@ -35,8 +35,8 @@ from ops.results import Check, report
 from streams.clients import consumer, read
 from streams.events import Exposure, UnreadableError, decode, exposure_decoder
 from streams.settings import KafkaSettings
-from streams.topics import CATALOGUE, EXPOSURES, WEIGHTS_ANCHORS
-from streams.weights import Assembler, Manifest, WeightError
+from streams.topics import CATALOGUE, EXPOSURES
+from streams.weights import WeightError
 
 GOAL_NATS: Final = 1e-5
 """Largest difference per level (invariant 1 of the design)."""
@@ -86,8 +86,8 @@ def audit_propensity(config: Config, tell: Callable[[str], None] = lambda _: Non
         missing: Counter[str] = Counter()
         off: list[NDArray[np.float64]] = []
         equal = 0
-        with closing(read(client, WEIGHTS_ANCHORS)) as weights:
-            for manifest, content in _versions(weights):
+        with closing(whole_versions(config.kafka.bootstrap)) as weights:
+            for manifest, content in weights:
                 exposures = [_policys(value) for value in waiting.pop(manifest.version, [])]
                 if exposures:
                     try:
@@ -151,16 +151,6 @@ def _catalogue(client: KafkaConsumer, config: Config, span: range) -> tuple[Cata
         with suppress(CatalogueError):  # passed over by every process
             catalogue.take(record.offset, record.key, record.value)
     return catalogue, changes
-
-
-def _versions(weights: Iterable[ConsumerRecord]) -> Iterator[tuple[Manifest, bytes]]:
-    """The whole versions of the log, in order."""
-    assembler = Assembler()
-    for record in weights:
-        with suppress(WeightError):
-            whole = assembler.take(record.value)
-            if whole is not None:
-                yield whole
 
 
 def _judged(

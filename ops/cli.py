@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ops import cli_groups
+from ops import cli_groups, cli_weights
 from ops.cli_base import (
     DEMO_S,
     Common,
@@ -38,6 +38,7 @@ from ops.errors import UserError
 from ops.roles import end_with_parent
 
 cli_groups.add_to(app)
+cli_weights.add_to(app)
 
 
 @command
