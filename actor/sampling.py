@@ -18,7 +18,7 @@ Shapes: B requests, M prefixes of a request in the beam, N = B * M, W beam width
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import numpy as np
@@ -99,7 +99,7 @@ def draw(
         level = search.expand()
         free_n = level.logp_n + level.of_prefix(search.logp_BM)
         free_n += _gumbel(rng, len(free_n))
-        largest_N = _reduced(np.maximum, free_n, level.size_N, 0.0)
+        largest_n = level.largest(free_n)
         chosen_BM, at_x = None, np.arange(len(free_n))
         if score_BM.shape[1] == 1:
             # Children of one prefix keep their order: only the best of them need a score.
@@ -107,9 +107,7 @@ def draw(
             at_x = chosen_BM[chosen_BM >= 0]
         place_x = level.children.place_n[at_x]
         score_n = np.full(len(free_n), -np.inf)
-        score_n[at_x] = _given_largest(
-            free_n[at_x], largest_N[place_x], score_BM.reshape(-1)[place_x]
-        )
+        score_n[at_x] = _given_largest(free_n[at_x], largest_n[at_x], score_BM.reshape(-1)[place_x])
         if chosen_BM is None:
             chosen_BM = search.best(score_n, slate + 1)
         score_BM = search.keep(chosen_BM, score_n)
@@ -156,24 +154,34 @@ def last_hop(
     return chosen, -float(np.log(len(open_members)))
 
 
-@dataclass(frozen=True)
 class _Level:
-    """The children that a search looked at on one level, and their conditional log-probabilities."""
+    """The children that a search looked at on one level, and their conditional log-probabilities.
 
-    children: Children
-    size_N: _Ints
-    """Children of each prefix."""
-    first_N: _Ints
-    """Where they begin."""
-    logp_n: _Floats
+    S of the N prefixes have children at all.
+    """
 
-    @classmethod
-    def of(cls, children: Children, prefixes: int, scaled_n: _Floats) -> "_Level":
+    def __init__(self, children: Children, prefixes: int, scaled_n: _Floats) -> None:
         """`scaled_n` are the children's logits at the temperature, not normalised."""
-        size_N = np.bincount(children.place_n, minlength=prefixes)
-        raw = cls(children, size_N, size_N.cumsum() - size_N, scaled_n)
-        normal_N = raw.log_sums(scaled_n, np.arange(prefixes))
-        return replace(raw, logp_n=scaled_n - raw.of_prefix(normal_N))
+        self.children: Final = children
+        self.size_N: Final = np.bincount(children.place_n, minlength=prefixes)
+        """Children of each prefix."""
+        self.first_N: Final = self.size_N.cumsum() - self.size_N
+        """Where they begin."""
+        self._there_S: Final = np.flatnonzero(self.size_N)
+        self._size_S: Final = self.size_N[self._there_S]
+        if len(scaled_n):
+            peak_n = self.largest(scaled_n)
+            total_S = np.add.reduceat(np.exp(scaled_n - peak_n), self.first_N[self._there_S])
+            scaled_n = scaled_n - peak_n - np.repeat(np.log(total_S), self._size_S)
+        self.logp_n: Final[_Floats] = scaled_n
+
+    def largest(self, value_n: _Floats) -> _Floats:
+        """For each child the largest value among it and its siblings, `[n]`."""
+        if not len(value_n):
+            return value_n
+        largest_S = np.maximum.reduceat(value_n, self.first_N[self._there_S])
+        largest_n: _Floats = np.repeat(largest_S, self._size_S)
+        return largest_n
 
     def of_prefix(self, value_BM: _Floats) -> _Floats:
         """Each child's prefix's value `[n]`."""
@@ -181,12 +189,15 @@ class _Level:
         return value_n
 
     def log_sums(self, value_n: _Floats, prefixes: _Ints) -> _Floats:
-        """For some prefixes the log of the sum of exp of their children's values; -inf where there is nothing."""
+        """For some prefixes, all with children, the log of the sum of exp of these; -inf where all are."""
         size_P = self.size_N[prefixes]
+        if not len(prefixes):
+            return np.empty(0)
         here_n = value_n[ranges(self.first_N[prefixes], size_P)]
-        peak_P = _reduced(np.maximum, here_n, size_P, -np.inf)
+        first_P = size_P.cumsum() - size_P
+        peak_P = np.maximum.reduceat(here_n, first_P)
         peak_P[np.isneginf(peak_P)] = 0.0
-        total_P = _reduced(np.add, np.exp(here_n - np.repeat(peak_P, size_P)), size_P, 0.0)
+        total_P = np.add.reduceat(np.exp(here_n - np.repeat(peak_P, size_P)), first_P)
         with np.errstate(divide="ignore"):
             log_sum_P: _Floats = np.log(total_P) + peak_P
         return log_sum_P
@@ -229,7 +240,7 @@ class _Search:
             scaled_n = (logits_n / self._temperature).cpu().double().numpy()
         if not np.isfinite(scaled_n).all():
             raise ValueError(f"the policy's logits of level {depth + 1} are not finite")
-        self._levels.append(_Level.of(children, self._row_BM.size, scaled_n))
+        self._levels.append(_Level(children, self._row_BM.size, scaled_n))
         return self._levels[-1]
 
     def keep(self, chosen_BM: _Ints, score_n: _Floats) -> _Floats:
@@ -312,7 +323,9 @@ class _Search:
             below_x = lower.log_sums(rest_n, place_x)
             rest_n = upper.logp_n.copy()
             rest_n[node_x] += below_x
-        unshown_B = self._levels[0].log_sums(rest_n, self._row_B1[:, 0])
+        unshown_B = np.full(self.requests, -np.inf)
+        served = np.flatnonzero(filled_Bj[:, 0])
+        unshown_B[served] = self._levels[0].log_sums(rest_n, served)
         logp_Bj = np.where(filled_Bj, self.logp_BM[:, : chosen_3.shape[1]], -np.inf)
         later_Bj = np.logaddexp.accumulate(logp_Bj[:, ::-1], axis=1)[:, ::-1]
         with np.errstate(invalid="ignore"):  # -inf - -inf, in slots that are not filled
@@ -344,17 +357,10 @@ def _given_largest(free_n: _Floats, largest_n: _Floats, parent_n: _Floats) -> _F
     return score_n
 
 
-def _reduced(reduction: np.ufunc, value_n: _Floats, size_P: _Ints, empty: float) -> _Floats:
-    """One value a run, of runs of these lengths that stand one after the other."""
-    reduced_P = np.full(len(size_P), empty)
-    there = np.flatnonzero(size_P)
-    if len(there):
-        reduced_P[there] = reduction.reduceat(value_n, (size_P.cumsum() - size_P)[there])
-    return reduced_P
-
-
 def _pick(value_n: NDArray[_T], at_BM: _Ints, padding: float) -> NDArray[_T]:
     """The values at these places; `padding` where the place is -1."""
+    if at_BM.min(initial=0) >= 0:
+        return value_n[at_BM]
     picked_BM = np.full(at_BM.shape, padding, dtype=value_n.dtype)
     real_BM = at_BM >= 0
     picked_BM[real_BM] = value_n[at_BM[real_BM]]

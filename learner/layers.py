@@ -26,6 +26,8 @@ _QUERY_START: Final = 0.2
 _CODE_NORM: Final = 4.0
 """Mean norm of the first level's embeddings at the start; the other levels keep their proportion."""
 _TIED_SCALE: Final = 2.0
+SMALL_LEVEL: Final = 1 << 15
+"""Logits that are computed faster than chosen."""
 SINGLE_COST: Final = 8
 """What a single logit costs beside one of a whole level, in a product at full speed."""
 
@@ -186,7 +188,8 @@ class TargetSide(nn.Module):
 
         `place_n` ascends. The whole level is computed where that is cheaper.
         """
-        if len(place_n) * SINGLE_COST >= h_BkD[..., 0].numel() * self.codes:
+        whole = h_BkD[..., 0].numel() * self.codes
+        if whole <= max(SMALL_LEVEL, len(place_n) * SINGLE_COST):
             whole_NK = self.logits(level, h_BkD).reshape(-1, self.codes)
             return whole_NK[place_n, code_n]
         head = self.heads[level]

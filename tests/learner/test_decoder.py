@@ -84,6 +84,7 @@ def test_teacher_forced_logits_are_those_of_decoding_step_by_step(model: LazyDec
 def test_single_logits_are_those_of_the_whole_level(
     model: LazyDecoder, cost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("learner.layers.SMALL_LEVEL", 0)
     monkeypatch.setattr("learner.layers.SINGLE_COST", cost)
     of, sids = batch_of([6, 0, 1]), targets(3, 4)
     generator = torch.Generator().manual_seed(3)
