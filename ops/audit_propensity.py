@@ -68,7 +68,7 @@ class Audited:
 
 
 TOLD: Final = 10
-"""Versions found wrong that are named."""
+"""Of what is wrong, so much is named."""
 
 
 def audit_propensity(config: Config, tell: Callable[[str], None] = lambda _: None) -> Audited:
@@ -98,6 +98,11 @@ def audit_propensity(config: Config, tell: Callable[[str], None] = lambda _: Non
                         equal += _again(policy, exposures, catalogue, explore, found)
                     except (WeightError, UnknownVersionError) as error:
                         missing[str(error)] += len(exposures)
+                    except (
+                        ValueError
+                    ) as error:  # codes outside the codebook, logits that are not finite
+                        _tell_of(found, f"version {manifest.version}: {error}")
+                        off.append(np.array([np.inf]))
                     tell(f"version {manifest.version}: {found.exposures} of {total} exposures")
                 if not waiting:
                     break
