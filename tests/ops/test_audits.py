@@ -13,7 +13,11 @@ from learner.versions import CHECKPOINTS
 from storage.checkpoints import Checkpoints
 from tests.ops.small_demo import SMALL, demo_with_kills, dwell
 
-MOVING = ["--set=simulate.churn_per_s=20", "--set=actor.explore_slots=1"]
+MOVING = [
+    "--set=simulate.churn_per_s=20",
+    "--set=actor.explore_slots=1",
+    "--set=actor.patience_s=60",  # a busy machine must not make fallback slates here
+]
 
 
 def audited(data_dir: Path, json_file: Path, audit: str = "replay") -> tuple[int, dict[str, Any]]:
