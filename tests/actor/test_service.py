@@ -85,7 +85,7 @@ def off(world: World, exposures: list[Exposure], version: int | None = None) -> 
 async def test_an_exposure_is_on_the_log_when_its_answer_arrives(world: World) -> None:
     world.fill_catalogue()
     world.publish(1)
-    async with acting(world, ActorSettings(temperature=0.8)) as actor:
+    async with acting(world, temperature=0.8) as actor:
         answer = await actor.recommend(LEARNING)
         assert answer.status == 200
         (exposure,) = await asyncio.to_thread(world.exposures)
@@ -203,7 +203,7 @@ async def test_each_answer_is_of_one_version_while_versions_change_under_load(
     world.fill_catalogue(items=ITEMS)
     world.publish(1)
     answered: list[tuple[float, dict[str, Any]]] = []
-    async with acting(world, ActorSettings(exclude_shown=16)) as actor:
+    async with acting(world, exclude_shown=16) as actor:
         stop = asyncio.Event()
 
         async def load(number: int) -> None:
@@ -237,7 +237,7 @@ async def test_each_answer_is_of_one_version_while_versions_change_under_load(
 async def test_deleted_items_are_not_served(world: World) -> None:
     world.fill_catalogue()
     world.publish(1)
-    async with acting(world, ActorSettings(exclude_shown=0)) as actor:
+    async with acting(world, exclude_shown=0) as actor:
         world.delete(*(f"i{number}" for number in range(40)))
 
         async def applied() -> bool:
@@ -596,7 +596,7 @@ async def test_a_request_for_which_there_is_no_time_gets_valid_items_and_says_wh
     world.fill_catalogue()
     world.publish(1)
     held = Held(monkeypatch)
-    async with acting(world, ActorSettings(patience_s=0.2)) as actor:
+    async with acting(world, patience_s=0.2) as actor:
         began = time.monotonic()
         answer = await actor.recommend(LEARNING, 5)
         assert time.monotonic() - began < 2.0
@@ -625,7 +625,7 @@ async def test_more_than_may_wait_are_told_to_come_again_and_the_others_are_serv
     world.fill_catalogue()
     world.publish(1)
     held = Held(monkeypatch)
-    async with acting(world, ActorSettings(max_waiting=3, max_batch=2, patience_s=10.0)) as actor:
+    async with acting(world, max_waiting=3, max_batch=2, patience_s=10.0) as actor:
         first = asyncio.create_task(actor.recommend(user_of("learning", 0)))
         await until(held.begun.is_set)
         others = [asyncio.create_task(actor.recommend(user_of("learning", n))) for n in range(1, 9)]

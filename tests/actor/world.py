@@ -197,9 +197,10 @@ class Actor:
 
 
 @asynccontextmanager
-async def acting(world: World, settings: ActorSettings | None = None) -> AsyncIterator[Actor]:
-    """An actor on the world's cluster, while inside."""
-    service = Service("actor:1", world.kafka, POLICY, settings or ActorSettings())
+async def acting(world: World, **settings: Any) -> AsyncIterator[Actor]:
+    """An actor on the world's cluster, while inside; patient, for a busy machine must not change its answers."""
+    actor = ActorSettings(**({"patience_s": 60.0} | settings))
+    service = Service("actor:1", world.kafka, POLICY, actor)
     async with service.open():
         yield Actor(service, application(service))
 
