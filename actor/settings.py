@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from storage.settings import Count, Name, Port, Positive, Share, Whole
+from storage.settings import Count, Name, PathOrNone, Port, Positive, Share, Whole
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,7 @@ class ActorSettings:
     """A slate that is not drawn after this long is a fallback: any valid items, and logged as such."""
     max_waiting: Count = 512
     """Requests that may wait to be decoded; further ones are told to come again (429)."""
+    trusted_key: PathOrNone = ""
+    """Public key of the learner; versions that it did not sign are refused. Empty: no signature is asked for."""
     max_batch: Count = 64
     """Most requests decoded together."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from storage.settings import Count, NotNegative, Positive, Whole
+from storage.settings import Count, NotNegative, PathOrNone, Positive, Whole
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,11 @@ class LearnSettings:
     keep_checkpoints: Count = 3
     """Checkpoints kept on disk."""
     weights_horizon_s: NotNegative = 900.0
-    """Published versions that no arm names are deleted from the log after this long."""
+    """Published versions can be had from the log for at least this long, those that an arm names for ever."""
+    anchor_every_s: NotNegative = 30.0
+    """Between full versions this far apart, each is published as what it changed."""
+    signing_key: PathOrNone = ""
+    """Private key that signs the versions (`dwell weights key`); empty: they are not signed."""
 
 
 @dataclass(frozen=True)

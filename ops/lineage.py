@@ -9,7 +9,6 @@ from kafka import TopicPartition
 from rich.console import Console
 
 from learner.checkpoint import load
-from learner.recovery import manifests_after
 from ops.account import committed
 from ops.cluster import Cluster
 from ops.config import Config
@@ -20,6 +19,7 @@ from ops.start import POLICY_FILE, Start, is_published, publish
 from streams.clients import records
 from streams.settings import KafkaSettings
 from streams.topics import EXPOSURES
+from streams.weights_log import manifests_after
 
 
 def refuse_the_past(kafka: KafkaSettings, first_ms: int) -> None:

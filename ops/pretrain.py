@@ -39,8 +39,8 @@ from ops.results import print_results, write_results
 from ops.scoring import Ranker
 from ops.start import Start, write
 from ops.watched import Watched
+from streams.blocks import digest_of
 from streams.events import Sample, encode
-from streams.weights import digest_of
 
 K: Final = 50
 FADE: Final = 0.02

@@ -20,6 +20,7 @@ from learner.step import Trainer
 from ops.config import Config
 from ops.world import LogVisit, World, all_twins
 from storage.kv import MemoryKv
+from streams.blocks import digest_of
 from streams.control import CONTROL_ARM, DEFAULT_SHARES, LEARNING_ARM, arm_of
 from streams.decision import Decision
 from streams.events import (
@@ -38,7 +39,6 @@ from streams.intake import partition_of
 from streams.join import Joined
 from streams.partition import Partition
 from streams.state import PartitionState
-from streams.weights import digest_of
 
 ARMS = (CONTROL_ARM, LEARNING_ARM)
 LOG_VISITS = 8

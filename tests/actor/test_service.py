@@ -22,6 +22,7 @@ from learner.batch import assemble
 from learner.catalogue import Catalogue
 from learner.masking import masked_log_softmax
 from ops.broker import EmbeddedBroker
+from streams.blocks import digest_of
 from streams.clients import records
 from streams.events import (
     BEHAVIOUR,
@@ -33,7 +34,7 @@ from streams.events import (
 )
 from streams.intake import partition_of
 from streams.topics import CATALOGUE, CONTROL, EXPOSURES, HISTORIES, WEIGHTS_ANCHORS
-from streams.weights import Ack, Chunk, Manifest, digest_of, pack
+from streams.weights import Ack, Chunk, Manifest, pack
 from tests.actor.asgi import call
 from tests.actor.slates import sampled
 from tests.actor.world import CODES, ITEMS, POLICY, ROWS, Actor, World, acting, until, user_of

@@ -16,6 +16,7 @@ from actor.settings import ActorSettings
 from learner.decoder import LazyDecoder
 from learner.policy import build, load_state, state_of
 from learner.settings import PolicySettings
+from streams.blocks import State, digest_of
 from streams.clients import producer, records
 from streams.control import DEFAULT_SHARES, arm_of
 from streams.events import (
@@ -37,7 +38,7 @@ from streams.topics import (
     WEIGHTS_ACKS,
     WEIGHTS_ANCHORS,
 )
-from streams.weights import Ack, Manifest, State, ack_decoder, digest_of, pack, schema_of
+from streams.weights import Ack, Manifest, ack_decoder, pack, schema_of
 from tests.actor.asgi import Answer, call
 from tests.learner.makers import CODEBOOK, random_catalogue, random_model, upsert
 
