@@ -33,7 +33,7 @@ async def fetch(
                 if manifest.version >= version:
                     break
     if chain.head is None or chain.head.number != version:
-        raise WeightError(f"version {version} is not whole in the log")
+        raise WeightError(f"version {version} is not in the log, or not whole")
     return chain.head
 
 

@@ -71,6 +71,8 @@ class Subscription:
         self._arrived: list[tuple[Manifest, bytes]] = []
         self._refused: list[tuple[Manifest, str]] = []
         self._chain = Chain()
+        self._tried = 0
+        """The head of the chain that was made a policy last, or could not be."""
         self._offsets: dict[int, int] = {}
         """Where each anchor's manifest stands in the log."""
         self._unusable: set[int] = set()
@@ -234,8 +236,9 @@ class Subscription:
     async def _take_newest(self) -> None:
         """Let the head of the chain be the newest policy."""
         head, newest = self._chain.head, self._arms.newest
-        if head is None or (newest is not None and head.number <= newest.version):
+        if head is None or head.number <= self._tried:
             return
+        self._tried = head.number
         policy = await self._materialise(head)
         if policy is None and newest is None:
             older = await self._older(head.number)
@@ -278,7 +281,7 @@ class Subscription:
         """Read one older version from the log; None where that does not lead to it."""
         anchor = max((one for one in self._offsets if one <= version), default=None)
         if anchor is None:
-            log.error("version %d is asked for and not in the log", version)
+            log.error("version %d is not in the log", version)
             return None
         consumer = self._reader()
         try:
