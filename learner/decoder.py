@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from learner.context import FEATURES, Contexts
+from learner.context import FEATURES, Contexts, contexts
 from learner.experts import ExpertLayer
 from learner.layers import CrossAttention, SelfAttention, SwiGLU, TargetSide
 from learner.presets import Preset
@@ -168,6 +168,12 @@ class LazyDecoder(TargetSide):
         """Keys and values of a batch of contexts, computed once for all targets."""
         processed: KeyValues = self.context(contexts, self.embeddings)
         return processed
+
+    def process_packed(self, users: list[str], packed: list[bytes]) -> KeyValues:
+        """`process` of contexts as exposures log them; raises `ValueError` on a code outside the codebook."""
+        return self.process(
+            contexts(users, packed, self.preset.context, self.user_rows, self.codes)
+        )
 
     def hidden(self, kv: KeyValues, prefix_Bkl: Tensor) -> Tensor:
         """States `[B, k, l + 1, D]` after [BOS, prefix] for prefixes of l codes `[B, k, l]`, l < 3."""

@@ -26,6 +26,7 @@ POLICY_DEFINITION = {
     "presets",
     "semantic_ids",
     "settings",
+    "sorted_keys",
     "valid_ids",
     "valid_tree",
 }

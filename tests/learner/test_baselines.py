@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actor.sampling import draw, of_whole_level
+from actor.sampling import draw
+from actor.search import of_whole_level
 from learner.baselines import Baseline, EncoderDecoder, NaiveDecoder, split
 from learner.batch import assemble
 from learner.context import Contexts
