@@ -41,6 +41,7 @@ def materialise(manifest: Manifest, content: bytes, codebook: str, codes: int) -
     except ValueError as error:
         raise WeightError(f"{version}: {' '.join(str(error).split())}") from None
     model.eval().requires_grad_(False)
+    model.prepare()
     return ServedPolicy(manifest.version, manifest, model)
 
 

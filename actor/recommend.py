@@ -19,7 +19,8 @@ from actor.search import Step
 from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.context import pack_behaviours
-from learner.decoder import KeyValues, LazyDecoder
+from learner.context_processor import KeyValues
+from learner.decoder import LazyDecoder
 from learner.valid_tree import Children, Keys, Tree, keys_of, sid_of, sids_of
 from streams.events import Draw, Exposure, LogpLevels, ShownItem, Source, pack_leaves
 
@@ -92,7 +93,8 @@ def decode(
 ) -> Slates:
     """Draw the slates of a batch, all of one version and tree. The same seed in `noise` gives the same slates."""
     model = policy.model
-    kv = model.process_packed([one.user for one in batch], [one.context for one in batch])
+    of = model.contexts([one.user for one in batch], [one.context for one in batch])
+    kv = model.looked_up(of)
     largest = max(one.count for one in batch)
     excluded = [one.excluded for one in batch]
     rng = np.random.default_rng(noise)

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from actor.recommend import step_of
 from actor.sampling import draw
-from learner.decoder import KeyValues, LazyDecoder
+from learner.context_processor import KeyValues
+from learner.decoder import LazyDecoder
 from learner.policy import PolicyError, build
 from learner.valid_tree import Children, Keys, Tree
 from ops.bench_constraint_changes import changes

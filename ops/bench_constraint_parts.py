@@ -22,7 +22,8 @@ from torch import Tensor
 
 from actor.recommend import step_of
 from actor.sampling import Slates, draw
-from learner.decoder import KeyValues, LazyDecoder
+from learner.context_processor import KeyValues
+from learner.decoder import LazyDecoder
 from learner.semantic_ids import fit
 from learner.valid_tree import Children, Exclusions, Keys, Tree, keys_of, sids_of
 from ops.bench_contexts import packed_context
@@ -64,7 +65,7 @@ def processed(model: LazyDecoder, requests: int, seed: int) -> KeyValues:
     packed = [packed_context(model.preset.context, model.codes, rng) for _ in range(requests)]
     users = [f"user {number}" for number in range(requests)]
     with torch.inference_mode():
-        return model.process_packed(users, packed)
+        return model.process(model.contexts(users, packed))
 
 
 def part_of(kv: KeyValues, rows: slice) -> KeyValues:

@@ -54,8 +54,10 @@ def _differences(
 ) -> NDArray[np.float64]:
     model = policy.model
     sids_BkL, shown_Bk, mask_BkLK, valid_Bk = paths(exposures, catalogue.valid)
-    kv = model.process_packed(
-        [exposure.user for exposure in exposures], [exposure.context for exposure in exposures]
+    kv = model.process(
+        model.contexts(
+            [exposure.user for exposure in exposures], [exposure.context for exposure in exposures]
+        )
     )
     index_BkL = torch.from_numpy(sids_BkL)
     temperature_B = torch.tensor([exposure.temperature for exposure in exposures])

@@ -46,7 +46,7 @@ class Ranker:
         ranked = [np.empty((0, k), np.int64)]
         for low in range(0, len(users), BATCH):
             part = slice(low, low + BATCH)
-            step = step_of(model, model.process_packed(users[part], packed[part]))
+            step = step_of(model, model.looked_up(model.contexts(users[part], packed[part])))
             codes_BW3, logp_BW = beam(step, self.tree, None, k, requests=len(users[part]))
             ranked.append(self._items(codes_BW3, logp_BW, model.codes, k))
         return np.concatenate(ranked)

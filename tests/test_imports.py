@@ -20,6 +20,7 @@ MAY_IMPORT = {
 POLICY_DEFINITION = {
     "catalogue",
     "context",
+    "context_processor",
     "decoder",
     "masking",
     "policy",

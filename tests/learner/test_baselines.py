@@ -15,7 +15,8 @@ from actor.search import of_whole_level
 from learner.baselines import Baseline, EncoderDecoder, NaiveDecoder, split
 from learner.batch import assemble
 from learner.context import Contexts
-from learner.decoder import KeyValues, LazyDecoder
+from learner.context_processor import KeyValues
+from learner.decoder import LazyDecoder
 from learner.presets import PRESETS, REPORT_CODES, Preset
 from learner.settings import LearnSettings
 from learner.step import Trainer
