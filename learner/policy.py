@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learner.decoder import LazyDecoder
-from learner.presets import PRESETS
+from learner.presets import preset_of
 from streams.weights import State
 
 
@@ -17,11 +17,13 @@ class PolicyError(ValueError):
     """A policy that cannot be built as asked; the message says what would be right."""
 
 
-def build(preset: str, codes: int, user_rows: int) -> LazyDecoder:
-    """A decoder of a preset's size; raises `PolicyError` for an unknown preset."""
-    if preset not in PRESETS:
-        raise PolicyError(f"preset {preset!r} is unknown; there are: {', '.join(PRESETS)}")
-    return LazyDecoder(PRESETS[preset], codes, user_rows)
+def build(shape: str, codes: int, user_rows: int) -> LazyDecoder:
+    """A decoder of a shape (learner/presets.py); raises `PolicyError` for an unknown one."""
+    try:
+        preset = preset_of(shape)
+    except ValueError as error:
+        raise PolicyError(str(error)) from None
+    return LazyDecoder(preset, codes, user_rows)
 
 
 def compile_blocks(model: LazyDecoder) -> LazyDecoder:
