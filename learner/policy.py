@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.decoder import LazyDecoder
-from learner.presets import PRESETS
+from learner.presets import preset_of
 from streams.blocks import BLOCK_BYTES, Blocked, BlockState, State
 
 
@@ -18,11 +18,13 @@ class PolicyError(ValueError):
     """A policy that cannot be built as asked; the message says what would be right."""
 
 
-def build(preset: str, codes: int, user_rows: int) -> LazyDecoder:
-    """A decoder of a preset's size; raises `PolicyError` for an unknown preset."""
-    if preset not in PRESETS:
-        raise PolicyError(f"preset {preset!r} is unknown; there are: {', '.join(PRESETS)}")
-    return LazyDecoder(PRESETS[preset], codes, user_rows)
+def build(shape: str, codes: int, user_rows: int) -> LazyDecoder:
+    """A decoder of a shape (learner/presets.py); raises `PolicyError` for an unknown one."""
+    try:
+        preset = preset_of(shape)
+    except ValueError as error:
+        raise PolicyError(str(error)) from None
+    return LazyDecoder(preset, codes, user_rows)
 
 
 def compile_blocks(model: LazyDecoder) -> LazyDecoder:
@@ -60,15 +62,13 @@ USERS = "context.users.weight"
 """The table that has a row for each user, of which a version moves few."""
 
 
-def served(preset: str, codes: int, user_rows: int, blocks: BlockState) -> LazyDecoder:
+def served(shape: str, codes: int, user_rows: int, blocks: BlockState) -> LazyDecoder:
     """The policy of a state, sharing its memory: to be asked, not trained, and the state not to be written to.
 
     The user table stays in blocks, so that a version costs no copy of it. Raises `PolicyError`.
     """
-    if preset not in PRESETS:
-        raise PolicyError(f"preset {preset!r} is unknown; there are: {', '.join(PRESETS)}")
     with torch.device("meta"):  # no memory, no random numbers
-        model = LazyDecoder(PRESETS[preset], codes, user_rows)
+        model = build(shape, codes, user_rows)
     tensors = {
         name: torch.from_numpy(tensor.array) for name, tensor in blocks.items() if name != USERS
     }
@@ -87,7 +87,9 @@ def served(preset: str, codes: int, user_rows: int, blocks: BlockState) -> LazyD
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:  # counters of training, which no state holds
                 setattr(module, name, torch.zeros_like(buffer, device="cpu"))
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    model.prepare()
+    return model
 
 
 class _Rows(nn.Module):

@@ -142,6 +142,7 @@ class Serial:
         model = build(progress.preset, progress.codes, progress.user_rows)
         load_state(model, state)
         model.eval().requires_grad_(False)
+        model.prepare()
         manifest = Manifest(
             version=self._version,
             lineage=progress.lineage,
