@@ -157,6 +157,23 @@ def constraint(
     raise typer.Exit(run(config, preset, codes, items, repeats, seed, json))
 
 
+@partial(command, group=bench)
+def weights(
+    common: Common,
+    versions: Annotated[int, typer.Option(min=50, help="Published of the smallest policy.")] = 300,
+    deltas: Annotated[int, typer.Option(min=1, help="Applied one upon the other.")] = 10_000,
+    swaps: Annotated[int, typer.Option(min=1, help="Versions that come while serving.")] = 1_000,
+    large: Annotated[bool, typer.Option(help="Publish a policy of 0.1B parameters, too.")] = False,
+    json: JsonFile = None,
+) -> None:
+    """How fast a version is served, what it weighs, and what serving feels of it."""
+    config = common.load()
+    require_writable(json)
+    from ops.bench_weights import run
+
+    raise typer.Exit(run(config, versions, deltas, swaps, large, json))
+
+
 @partial(command, group=eval_)
 def shaping(
     common: Common,

@@ -25,7 +25,7 @@ from ops.served import Served
 from ops.viewer import deliver, watch
 from ops.warmup import WarmStart
 from storage.kv import MemoryKv
-from streams.blocks import digest_of
+from streams.blocks import State, digest_of
 from streams.control import CONTROL_ARM, LEARNING_ARM
 from streams.events import Exposure, Feedback, Sample, encode
 from streams.intake import partition_of
@@ -81,6 +81,8 @@ class Serial:
 
     def __init__(self, config: Config, start: WarmStart, seed: int, now_ms: int) -> None:
         self.result = SerialRun()
+        self.on_version: Callable[[State], None] = lambda _: None
+        """Told the state of each version."""
         self._config = config
         self._start = start
         self._now_ms = now_ms
@@ -138,6 +140,7 @@ class Serial:
     def _frozen(self) -> ServedPolicy:
         """The present weights as the next arm's policy: a copy, since training goes on."""
         state = state_of(self._trainer.model)
+        self.on_version(state)
         progress = self._start.progress
         model = build(progress.preset, progress.codes, progress.user_rows)
         load_state(model, state)

@@ -1,0 +1,126 @@
+"""What `dwell bench weights` publishes: a policy that moves as a learner would move it.
+
+Notable choices
+- Every dense value moves at each version, as under AdamW, and of the user table the rows of the requests that a
+  version learned from (100 requests/s, 5 versions/s). Sizes and times of a version depend on what moved, not on why.
+- Versions are published by the learner's own publisher, with checkpoints left out: they are the learner's time, not
+  the transport's.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from learner.checkpoint import Progress, load
+from learner.policy import USERS, state_of
+from learner.publication import Publisher, Terms
+from ops.bench_serve_parts import Lineage
+from ops.start import Start
+from streams.blocks import State
+from streams.clients import records
+from streams.events import decode
+from streams.topics import WEIGHTS_ACKS
+from streams.weights import Manifest, ack_decoder
+
+REQUESTS_PER_S: Final = 100
+VERSIONS_PER_S: Final = 5
+MOVE: Final = np.float32(1e-3)
+
+
+class Moving:
+    """A state that moves."""
+
+    def __init__(self, state: State, seed: int) -> None:
+        self.state = state
+        self._rng = np.random.default_rng(seed)
+
+    def step(self) -> State:
+        """The next version's state; the arrays are the same."""
+        for name, value in self.state.items():
+            if name == USERS:
+                rows = self._rng.integers(len(value), size=REQUESTS_PER_S // VERSIONS_PER_S)
+                value[rows] += MOVE * self._rng.standard_normal(value.shape[1], np.float32)
+            else:
+                value += MOVE * self._rng.standard_normal(value.shape, np.float32)
+        return self.state
+
+
+@dataclass
+class Mover:
+    """A learner that publishes, and does not learn."""
+
+    publisher: Publisher
+    moving: Moving
+    progress: Progress
+    codebook: str
+    manifests: list[Manifest] = field(default_factory=list)
+    took_s: list[float] = field(default_factory=list)
+
+    @classmethod
+    def on(cls, lineage: Lineage, seed: int) -> "Mover":
+        """Goes on from version 1 of a lineage."""
+        learn = lineage.config.learn
+        path = Start.at(lineage.folder / "start").policy
+        trainer, progress, codebooks = load(path, learn, learn.lr)
+        state = state_of(trainer.model)
+        terms = Terms(learn.weights_horizon_s, learn.anchor_every_s)
+        publisher = Publisher(lineage.config.kafka.bootstrap, terms)
+        publisher.go_on_from(state)
+        assert publisher.last is not None
+        progress.version = publisher.last.version
+        return cls(publisher, Moving(state, seed), progress, codebooks.digest())
+
+    def publish(self) -> None:
+        """The next version."""
+        state = self.moving.step()
+        self.progress.version += 1
+        began = time.perf_counter()
+        now_ms = int(time.time() * 1000)
+        made = self.publisher.publish(state, self.progress, self.codebook, [], now_ms, set())
+        self.took_s.append(time.perf_counter() - began)
+        self.manifests.append(made)
+
+    def publish_steadily(self, count: int, every_s: float) -> None:
+        """So many versions, at this pace or as fast as it goes."""
+        due = time.monotonic()
+        for _ in range(count):
+            time.sleep(max(0.0, due - time.monotonic()))
+            self.publish()
+            due = max(due + every_s, time.monotonic() - every_s)
+
+
+def applied_s(lineage: Lineage, manifests: list[Manifest]) -> list[float]:
+    """From the beginning of each version's publication to the swap at the actor, of those it took."""
+    wanted = {manifest.version for manifest in manifests}
+    found = []
+    for record in records(lineage.config.kafka.bootstrap, WEIGHTS_ACKS):
+        ack = decode(ack_decoder, record.value)
+        if ack.applied and ack.version in wanted:
+            found.append((ack.applied_ms - ack.created_ms) / 1000)
+    return found
+
+
+def transport(lineage: Lineage, count: int, every_s: float, seed: int) -> dict[str, Any]:
+    """Publish to one actor, and say how long each version took to be served."""
+    mover = Mover.on(lineage, seed)
+    try:
+        with lineage.actors({"actor": ()}):
+            mover.publish_steadily(count, every_s)
+            time.sleep(1.0 + 2 * max(mover.took_s))
+            waits = np.array(applied_s(lineage, mover.manifests))
+    finally:
+        mover.publisher.close()
+    full = sum(value.nbytes for value in mover.moving.state.values())
+    deltas = [manifest.size_bytes for manifest in mover.manifests]
+    return {
+        "versions": count,
+        "applied": len(waits),
+        "p50_s": float(np.quantile(waits, 0.5)),
+        "p99_s": float(np.quantile(waits, 0.99)),
+        "publish_p50_s": float(np.quantile(mover.took_s, 0.5)),
+        "full_bytes": full,
+        "delta_bytes": float(np.mean(deltas)),
+        "delta_share": float(np.mean(deltas)) / full,
+    }
