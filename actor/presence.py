@@ -41,6 +41,7 @@ SIGN_S: Final = 3.0
 LOOK_S: Final = 0.05
 PATIENCE_S: Final = 1.0
 """Longest wait for the first and the last word."""
+CLOSE_S: Final = 0.3
 
 
 class InFlight:
@@ -126,7 +127,7 @@ class Presence:
             await self._tell(leaving=True)
             if self._sent is not None:
                 await asyncio.wait([self._sent], timeout=PATIENCE_S)
-        await leave_producer(self._producer, PATIENCE_S)
+        await leave_producer(self._producer, CLOSE_S)
 
     async def _go_on(self, fresh_ms: Callable[[], Awaitable[int | None]]) -> None:
         while True:
