@@ -82,6 +82,7 @@ class Presence:
         self._sent: asyncio.Future[object] | None = None
         self._said = -2
         self._said_at = 0.0
+        self._unheard = False
         self._fresh_s = time.time()
         self._was_stale = False
         self._task: asyncio.Task[None] | None = None
@@ -164,10 +165,20 @@ class Presence:
                 producer = await self._connected()
                 self._sent = await producer.send(CATALOGUE_ACKS, encode(ack), partition=0)
         except (KafkaError, TimeoutError) as error:
-            log.warning("the catalogue's version is not acknowledged: %r", error)
+            self._heard(error)
             return
-        self._sent.add_done_callback(_heard)
+        self._sent.add_done_callback(self._answered)
         self._said = version
+
+    def _answered(self, sent: asyncio.Future[object]) -> None:
+        if not sent.cancelled():
+            self._heard(sent.exception())
+
+    def _heard(self, error: BaseException | None) -> None:
+        """What became of a sign: told once while it goes wrong."""
+        if error is not None and not self._unheard:
+            log.warning("the catalogue's version is not acknowledged: %r", error)
+        self._unheard = error is not None
 
     async def _connected(self) -> AIOKafkaProducer:
         if self._producer is None:
@@ -179,11 +190,6 @@ class Presence:
                 raise
             self._producer = producer
         return self._producer
-
-
-def _heard(sent: asyncio.Future[object]) -> None:
-    if not sent.cancelled() and sent.exception() is not None:
-        log.warning("a sign of life was lost: %r", sent.exception())
 
 
 def _ended(task: asyncio.Task[None], failed: Callable[[str], None]) -> None:

@@ -71,7 +71,9 @@ class Entries:
                 continue
             value = encode(entry)
             if len(value) > MAX_MESSAGE_BYTES - ROOM:
-                most = f"at most {MAX_MESSAGE_BYTES - ROOM:,} are allowed: shorten tags or embedding"
+                most = (
+                    f"at most {MAX_MESSAGE_BYTES - ROOM:,} are allowed: shorten tags or embedding"
+                )
                 self._fault(number, "", f"the entry has {len(value):,} bytes, {most}")
             else:
                 entries.append((line.item, value))
