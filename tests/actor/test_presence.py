@@ -12,7 +12,7 @@ from actor.presence import SIGN_S, TELL_S, InFlight
 from ops.broker import EmbeddedBroker
 from streams.clients import records
 from streams.events import CatalogueAck, catalogue_ack_decoder, decode
-from streams.topics import CATALOGUE_ACKS
+from streams.topics import CATALOGUE, CATALOGUE_ACKS
 from tests.actor.asgi import call
 from tests.actor.world import Actor, World, acting, until, user_of
 from tests.learner.cluster import refused
@@ -72,15 +72,17 @@ async def test_an_actor_at_rest_gives_a_sign_of_life_now_and_then_and_a_busy_one
     world.publish(1)
     async with acting(world):
         await until(lambda: signs(world)[-1][1].catalogue_version >= 0)
-        rest = len(signs(world))
+        began, rest = time.monotonic(), len(signs(world))
         await asyncio.sleep(2 * SIGN_S + 0.5)
-        assert 1 <= len(signs(world)) - rest <= 3
+        more = len(signs(world)) - rest
+        assert 1 <= more <= (time.monotonic() - began) / SIGN_S + 1
         for number in range(30):
             await asyncio.to_thread(world.delete, f"i{number}")
             await asyncio.sleep(0.02)
         await asyncio.sleep(2 * TELL_S)
-    at = [written for written, sign in signs(world) if not sign.leaving]
-    assert min(b - a for a, b in itertools.pairwise(at)) >= TELL_S * 1000 - 60
+    at = [written for written, sign in signs(world) if not sign.leaving][1:]  # the first connects
+    assert len(at) > 3
+    assert min(b - a for a, b in itertools.pairwise(at)) >= TELL_S * 1000 - 100
 
 
 async def test_a_version_is_acknowledged_when_what_began_before_it_is_answered(
@@ -138,9 +140,7 @@ async def test_the_index_of_an_actor_does_not_grow_with_what_has_been(world: Wor
 
 def world_end(world: World) -> int:
     """The last record of the catalogue."""
-    from streams.topics import CATALOGUE
-
-    return max(record.offset for record in records(world.kafka.bootstrap, CATALOGUE))
+    return max(int(record.offset) for record in records(world.kafka.bootstrap, CATALOGUE))
 
 
 @refused

@@ -390,8 +390,8 @@ def test_a_sample_whose_catalogue_is_past_the_logs_retention_becomes_a_dead_lett
                 client.send(CATALOGUE, upsert(item, (0, 0, 0), codebook), item.encode())
         time.sleep(1.5)
         newer = copy.deepcopy(lineage.catalogue)
-        for offset, item in ((ITEMS, b"new"), (ITEMS + 1, b"newer")):
-            newer.take(offset, item, upsert(item.decode(), (0, 0, 0)))
+        for offset, key in ((ITEMS, b"new"), (ITEMS + 1, b"newer")):
+            newer.take(offset, key, upsert(key.decode(), (0, 0, 0)))
         old, fresh = lineage.samples(4, seed=1), learnable(newer, 4, seed=2)
         assert old[0].catalogue_version == ITEMS - 1
         assert fresh[0].catalogue_version == ITEMS + 1
