@@ -22,6 +22,7 @@ from prometheus_client import Counter
 from actor.batching import Batcher
 from actor.explore import Exploration
 from actor.policy import Arms, ServedPolicy
+from actor.presence import Presence
 from actor.recommend import SEEDS, Prepared, decode, expose, fall_back, prepare
 from actor.sampling import Slates
 from actor.settings import ActorSettings
@@ -85,6 +86,7 @@ class Service:
         self._kafka = kafka
         self._arms = Arms()
         self._catalogue = Catalogue(policy.codes)
+        self._presence = Presence(name, kafka, self._catalogue, settings.max_catalogue_age_s)
         self._users = Users(settings)
         self._explore = Exploration.of(settings)
         self._rng = np.random.default_rng()
@@ -120,6 +122,8 @@ class Service:
                     self._trust,
                 )
                 stack.push_async_callback(subscription.stop)
+                stack.push_async_callback(self._presence.leave)
+                await self._presence.start(subscription.catalogue_complete_ms, self._fail)
                 await subscription.start(self._producer)
             except KafkaError as error:
                 raise ServiceError(f"Kafka at {self._kafka.bootstrap}: {_why(error)}") from None
@@ -155,6 +159,7 @@ class Service:
         """What keeps this actor from being ready."""
         missing = [self.fault] if self.fault else []
         missing += [] if self._catalogue.items else ["catalogue"]
+        missing += [stale] if (stale := self._presence.stale()) else []
         return missing if self._arms.ready else [*missing, "weights"]
 
     def versions(self) -> dict[str, Any]:
@@ -171,6 +176,12 @@ class Service:
 
         Raises `NotReadyError`, `BusyError`, `KafkaError` or `TimeoutError`, and nothing was shown.
         """
+        if stale := self._presence.stale():
+            raise NotReadyError(stale)
+        with self._presence.request():
+            return await self._recommend(user, count)
+
+    async def _recommend(self, user: str, count: int) -> Exposure:
         if self._batcher.waiting >= self.settings.max_waiting:
             raise BusyError(f"{self._batcher.waiting} requests wait already, try again")
         arm = arm_of(user, self._arms.control.shares)

@@ -29,6 +29,8 @@ class ActorSettings:
     """An item is new for this many changes of the catalogue."""
     patience_s: Positive = 1.0
     """A slate that is not drawn after this long is a fallback: any valid items, and logged as such."""
+    max_catalogue_age_s: Positive = 600.0
+    """An actor that has not heard from Kafka for this long serves no more: what it shows may be deleted."""
     max_waiting: Count = 512
     """Requests that may wait to be decoded; further ones are told to come again (429)."""
     trusted_key: PathOrNone = ""

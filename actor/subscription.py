@@ -98,6 +98,15 @@ class Subscription:
         await self._read_to_end([CHAIN_PLACE])
         await self._settle()
 
+    async def catalogue_complete_ms(self) -> int | None:
+        """When Kafka last said that there is nothing of the catalogue left to apply; None before it has."""
+        if CATALOGUE_PLACE not in self._consumer.assignment():
+            return None
+        end = self._consumer.last_stable_offset(CATALOGUE_PLACE)
+        asked_ms: int | None = self._consumer.last_poll_timestamp(CATALOGUE_PLACE)
+        complete = end is not None and await self._consumer.position(CATALOGUE_PLACE) >= end
+        return asked_ms if complete else None
+
     async def run(self) -> None:
         """Follow the logs; raises `KafkaError` where waiting would not help."""
         settle = False

@@ -149,6 +149,15 @@ def _codebooks(tensors: dict[str, Tensor]) -> Codebooks:
     return Codebooks.from_tensors(books)
 
 
+def codebooks_of(path: Path) -> Codebooks:
+    """The codebooks alone; raises `CheckpointError`."""
+    tensors, _ = _read(path, "codebooks.")
+    try:
+        return _codebooks(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {_in_one_line(error)}") from None
+
+
 def differing(path: Path, content: bytes) -> list[str]:
     """Names of the tensors in which a checkpoint differs from `content`; raises `CheckpointError`."""
     ours, _ = _read(path)
@@ -160,8 +169,8 @@ def differing(path: Path, content: bytes) -> list[str]:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, whole, and the note of progress."""
+def _read(path: Path, start: str = "") -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, whole, at least those whose names begin with `start`; and the note of progress."""
     if path.is_dir():
         try:
             tensors = sharded.empty(path)
@@ -174,7 +183,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
             meta = file.metadata() or {}
             if FORMAT not in meta:
                 raise CheckpointError(f"{path}: not a {FORMAT} file")
-            return {name: file.get_tensor(name) for name in file.keys()}, meta[FORMAT]  # noqa: SIM118
+            wanted = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in wanted}, meta[FORMAT]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {_in_one_line(error)}") from None
 

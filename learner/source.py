@@ -5,6 +5,8 @@ Notable choices
   before it is known.
 - A record that cannot be used costs nothing else: a sample becomes a dead letter, accounted for as without target;
   an entry or a command is passed over with a warning.
+- Of the catalogue's past it keeps what the log keeps whole (learner/horizon.py); a sample of an older version becomes
+  a dead letter.
 - A learner far behind reads no more than it can soon use: the log keeps the rest better.
 """
 
@@ -17,6 +19,7 @@ from kafka.errors import KafkaError, OffsetOutOfRangeError
 from prometheus_client import Counter
 
 from learner.catalogue import Catalogue, CatalogueError
+from learner.horizon import Horizon
 from learner.journal import Journal, Polled
 from learner.ranks import Ranks
 from streams.clients import consumer
@@ -61,6 +64,7 @@ class Source:
         """Of `samples` it reads the partitions that this rank owns."""
         self.control = ControlState()
         self.catalogue = Catalogue(codes)
+        self._horizon = Horizon(round(kafka.retention_s * 1000))
         self._journal = journal
         self._bootstrap = kafka.bootstrap
         self._samples = [
@@ -118,6 +122,7 @@ class Source:
         client = self._opened()
         self._hold_back(client)
         self._poll(client)
+        self.catalogue.valid.prune(self._horizon.passed(int(time.time() * 1000)))
 
     def catch_up(self, version: int) -> None:
         """The catalogue as far as the actor of a sample had read it, if the log goes that far."""
@@ -174,7 +179,10 @@ class Source:
                 if not self.control.apply(decode(command_decoder, record.value)):
                     log.warning("control offset %d: the command makes no sense", record.offset)
             else:
-                self.catalogue.take(record.offset, record.key, record.value)
+                try:
+                    self.catalogue.take(record.offset, record.key, record.value)
+                finally:
+                    self._horizon.see(self.catalogue.version, record.timestamp)
         except CatalogueError as error:
             log.warning("%s", error)
         except UnreadableError as error:

@@ -6,14 +6,15 @@ Notable choices
   A key that died and was born again is two stays, so the row alive at the version is taken.
 - A catalogue version is the offset of the last applied catalogue record; a record takes effect at
   its own version: alive at v means born <= v < died.
+- `prune` costs what it forgets: the rows of forgotten stays are taken by later births. So there are never more rows
+  than items lived and stays ended since the oldest version kept, at the worst moment (docs/catalogue.md).
 - What lives at one version is a `Tree` (learner/valid_tree.py), which may be shared between threads.
   The last version's is made from the one before, at the cost of what changed; an earlier one's from
   all stays. The index itself has one writer and one thread.
 """
 
 from array import array
-from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ from streams.events import SemanticId
 
 FOREVER: Final = np.iinfo(np.int64).max
 """`died` of what lives."""
+FORGOTTEN: Final = -2
+"""`died` of a row that is free."""
 KEPT_TREES: Final = 8
 """Trees kept for repeated questions about the same version."""
 
@@ -48,6 +51,10 @@ class ValidIds:
         self._died = array("q")
         self._rows_of_item: dict[str, list[int]] = {}
         self._rows_of_key: dict[int, list[int]] = {}
+        self._dead: deque[int] = deque()
+        """Rows of stays that have ended, in the order of their ends."""
+        self._free: list[int] = []
+        """Rows of stays that are forgotten; the next births take them."""
         self._trees: OrderedDict[int, Tree] = OrderedDict()
         self._newborn: tuple[tuple[int, int], Tree] | None = None
         self._newest: Tree | None = None
@@ -111,9 +118,8 @@ class ValidIds:
 
     def _past(self, version: int) -> Tree:
         """The tree of any version, from all stays."""
-        born, died = np.array(self._born), np.array(self._died)
-        alive = (born <= version) & (version < died)
-        return Tree(self.codes, np.unique(np.array(self._key)[alive]))
+        alive = (_view(self._born) <= version) & (version < _view(self._died))
+        return Tree(self.codes, np.unique(_view(self._key)[alive]))
 
     def newborn(self, version: int, span: int) -> Tree:
         """The leaves with a member alive at `version` that came with one of the last `span`
@@ -121,12 +127,10 @@ class ValidIds:
         self._check(version)
         asked = (version, span)
         if self._newborn is None or self._newborn[0] != asked:
-            first = bisect_right(
-                self._born, version - span
-            )  # stays stand in the order of their birth
-            born, died = np.array(self._born[first:]), np.array(self._died[first:])
+            recent = np.flatnonzero(_view(self._born) > version - span)
+            born, died = _view(self._born)[recent], _view(self._died)[recent]
             alive = (born <= version) & (version < died)
-            keys = np.unique(np.array(self._key[first:])[alive])
+            keys = np.unique(_view(self._key)[recent][alive])
             self._newborn = asked, Tree(self.codes, keys)
         return self._newborn[1]
 
@@ -171,22 +175,19 @@ class ValidIds:
     def prune(self, before_version: int) -> None:
         """Forget what can only be seen from versions below `before_version`."""
         self.oldest = max(self.oldest, min(before_version, self.version))
-        kept = [row for row, died in enumerate(self._died) if died > self.oldest]
-        stays = [
-            (self._item[row], self._key[row], self._born[row], self._died[row]) for row in kept
-        ]
-        self._clear()
-        for stay in stays:
-            self._append(*stay)
+        while self._dead and self._died[self._dead[0]] <= self.oldest:
+            self._forget(self._dead.popleft())
         for version in [version for version in self._trees if version < self.oldest]:
             del self._trees[version]
 
     def to_tensors(self) -> dict[str, NDArray[Any]]:
         """The whole index as arrays, for a checkpoint."""
-        names = [item.encode() for item in self._item]
+        kept = [row for row, died in enumerate(self._died) if died != FORGOTTEN]
+        names = [self._item[row].encode() for row in kept]
+        stays = np.array([self._key, self._born, self._died], dtype=np.int64)[:, kept]
         return {
             "valid_ids.span": np.array([self.codes, self.version, self.oldest], dtype=np.int64),
-            "valid_ids.stays": np.array([self._key, self._born, self._died], dtype=np.int64),
+            "valid_ids.stays": stays,
             "valid_ids.names": np.frombuffer(b"".join(names), dtype=np.uint8),
             "valid_ids.name_bytes": np.array([len(name) for name in names], dtype=np.int64),
         }
@@ -203,10 +204,17 @@ class ValidIds:
             [0, *ends], ends, tensors["valid_ids.stays"].T.tolist(), strict=False
         ):
             index._append(names[start:end].decode(), *stay)
+        index._dead = deque(sorted(index._dead, key=index._died.__getitem__))
         return index
+
+    @property
+    def rows(self) -> int:
+        """Items that live, and stays that ended and are not forgotten."""
+        return len(self._item) - len(self._free)
 
     def _die(self, row: int, version: int) -> None:
         self._died[row] = version
+        self._dead.append(row)
         key = self._key[row]
         lives = any(self._died[other] == FOREVER for other in self._rows_of_key[key])
         self._changed(version, key, lives)
@@ -235,15 +243,35 @@ class ValidIds:
         return rows[-1] if rows and self._died[rows[-1]] == FOREVER else None
 
     def _append(self, item: str, key: int, born: int, died: int) -> None:
-        row = len(self._item)
-        self._item.append(item)
-        self._key.append(key)
-        self._born.append(born)
-        self._died.append(died)
+        if self._free:
+            row = self._free.pop()
+            self._item[row] = item
+            self._key[row], self._born[row], self._died[row] = key, born, died
+        else:
+            row = len(self._item)
+            self._item.append(item)
+            self._key.append(key)
+            self._born.append(born)
+            self._died.append(died)
         self._rows_of_item.setdefault(item, []).append(row)
         self._rows_of_key.setdefault(key, []).append(row)
+        if died != FOREVER:
+            self._dead.append(row)
 
-    def _clear(self) -> None:
-        self._item = []
-        self._key, self._born, self._died = array("q"), array("q"), array("q")
-        self._rows_of_item, self._rows_of_key = {}, {}
+    def _forget(self, row: int) -> None:
+        """Free the row of a stay that nobody can ask about any more: it lives at no version."""
+        item, key = self._item[row], self._key[row]
+        of_item, of_key = self._rows_of_item[item], self._rows_of_key[key]
+        of_item.remove(row)
+        of_key.remove(row)
+        if not of_item:
+            del self._rows_of_item[item]
+        if not of_key:
+            del self._rows_of_key[key]
+        self._item[row], self._born[row], self._died[row] = "", FOREVER, FORGOTTEN
+        self._free.append(row)
+
+
+def _view(column: "array[int]") -> NDArray[np.int64]:
+    """A column without a copy; to be let go before the column grows."""
+    return np.frombuffer(column, dtype=np.int64) if column else np.empty(0, dtype=np.int64)

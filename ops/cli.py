@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ops import cli_groups, cli_weights
+from ops import cli_catalogue, cli_groups, cli_weights
 from ops.cli_base import (
     DEMO_S,
     Common,
@@ -39,6 +39,7 @@ from ops.roles import end_with_parent
 
 cli_groups.add_to(app)
 cli_weights.add_to(app)
+cli_catalogue.add_to(app)
 
 
 @command

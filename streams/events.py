@@ -272,6 +272,16 @@ class Upsert(msgspec.Struct, tag_field="type", tag="upsert", kw_only=True):
     embedding: bytes = b""
 
 
+class CatalogueAck(msgspec.Struct, tag_field="type", tag="catalogue_ack", kw_only=True):
+    """An actor's sign of life: no answer of its is of an older catalogue version any more."""
+
+    v: str = VERSION
+    actor: str
+    run: str
+    catalogue_version: int
+    leaving: bool = False
+
+
 class Command(msgspec.Struct, tag_field="type", tag="command", kw_only=True):
     """One decision on `control`; the state is the fold over all of them."""
 
@@ -341,6 +351,7 @@ sample_decoder: Final = msgspec.msgpack.Decoder(Sample)
 history_decoder: Final = msgspec.msgpack.Decoder(History)
 shaping_decoder: Final[msgspec.msgpack.Decoder[Shaping]] = msgspec.msgpack.Decoder(Shaping)
 upsert_decoder: Final = msgspec.msgpack.Decoder(Upsert)
+catalogue_ack_decoder: Final = msgspec.msgpack.Decoder(CatalogueAck)
 command_decoder: Final = msgspec.msgpack.Decoder(Command)
 insight_decoder: Final = msgspec.msgpack.Decoder(Insight)
 dead_letter_decoder: Final = msgspec.msgpack.Decoder(DeadLetter)

@@ -19,6 +19,7 @@ WEIGHTS_ANCHORS: Final = "weights.anchors"
 WEIGHTS: Final = "weights"
 WEIGHTS_ACKS: Final = "weights.acks"
 CATALOGUE: Final = "catalogue"
+CATALOGUE_ACKS: Final = "catalogue.acks"
 CONTROL: Final = "control"
 INSIGHTS: Final = "insights"
 DEAD_LETTERS: Final = "dead-letters"
@@ -44,6 +45,7 @@ def topics(kafka: KafkaSettings) -> list[Topic]:
     day_ms = int(kafka.retention_s * 1000)
     by_time = {"cleanup.policy": "delete", "retention.ms": str(day_ms)}
     compact = {"cleanup.policy": "compact", "segment.ms": "600000", "segment.bytes": "67108864"}
+    signs = {"cleanup.policy": "delete", "retention.ms": "3600000", "segment.ms": "600000"}
     for_ever = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
     return [
         Topic(EXPOSURES, users, by_time),
@@ -56,6 +58,7 @@ def topics(kafka: KafkaSettings) -> list[Topic]:
         Topic(WEIGHTS, 1, {**by_time, "retention.bytes": str(4 << 30)}),
         Topic(WEIGHTS_ACKS, 1, by_time),
         Topic(CATALOGUE, 1, {**compact, "min.compaction.lag.ms": str(day_ms)}),
+        Topic(CATALOGUE_ACKS, 1, signs),
         Topic(CONTROL, 1, for_ever),
         Topic(INSIGHTS, 1, by_time),
         Topic(DEAD_LETTERS, 1, by_time),

@@ -67,6 +67,8 @@ def renewed(broker: EmbeddedBroker) -> KafkaSettings:
         there = names & set(client.topics())
         if there:
             admin.delete_topics(list(there))
+            while names & set(client.topics()):
+                time.sleep(0.02)  # else those that are still told of would not be made again
     ensure_topics(broker.bootstrap, settings)
     return settings
 

@@ -409,6 +409,34 @@ def test_samples_wait_for_the_catalogue_that_they_name(lineage: Lineage) -> None
     assert accounted(manifests)["trained"] == 4
 
 
+def test_a_sample_whose_catalogue_is_past_the_logs_retention_becomes_a_dead_letter(
+    lineage: Lineage,
+) -> None:
+    brief = replace(lineage, kafka=replace(lineage.kafka, retention_s=1.0))
+    with brief.started() as learner:
+        codebook = lineage.codebooks.digest()
+        with writing(lineage.kafka) as client:
+            for item in ("new", "newer"):
+                client.send(CATALOGUE, upsert(item, (0, 0, 0), codebook), item.encode())
+        time.sleep(1.5)
+        newer = copy.deepcopy(lineage.catalogue)
+        for offset, key in ((ITEMS, b"new"), (ITEMS + 1, b"newer")):
+            newer.take(offset, key, upsert(key.decode(), (0, 0, 0)))
+        old, fresh = lineage.samples(4, seed=1), learnable(newer, 4, seed=2)
+        assert old[0].catalogue_version == ITEMS - 1
+        assert fresh[0].catalogue_version == ITEMS + 1
+        lineage.write(old)
+        learn(learner, brief, 4)
+        lineage.write(fresh)
+        manifests = learn(learner, brief, 8)
+    assert accounted(manifests) == {"trained": 4, "control": 0, "without_target": 4}
+    letters = lineage.letters()
+    assert len(letters) == 4
+    assert {letter.reason for letter in letters} == {"bad_value"}
+    pruned = f"catalogue version {ITEMS - 1} is pruned, the oldest kept is {ITEMS + 1}"
+    assert all(pruned in letter.detail for letter in letters)
+
+
 def test_samples_deleted_before_they_were_learned_are_missed_aloud(lineage: Lineage) -> None:
     with lineage.started():
         pass

@@ -146,6 +146,78 @@ def test_pruning_keeps_every_later_version_and_refuses_the_earlier(
     assert index.sid_of("a") == (1, 2, 2)
 
 
+@given(operations, st.lists(st.integers(-1, 12), min_size=40, max_size=40), st.integers(1, 9))
+def test_an_index_that_is_pruned_as_it_goes_answers_as_one_that_never_was(
+    ops: list[Op], behind: list[int], span: int
+) -> None:
+    """Rows of the forgotten are taken again, and nothing of them is seen."""
+    whole, pruned = ValidIds(CODES), ValidIds(CODES)
+    for version, (item, leaf) in enumerate(ops):
+        for index in (whole, pruned):
+            if leaf is None:
+                index.delete(version, item)
+            else:
+                index.upsert(version, item, leaf)
+        if behind[version] >= 0:
+            pruned.prune(version - behind[version])
+    again = ValidIds.from_tensors(pruned.to_tensors())
+    for one in (pruned, again):
+        for at in range(max(0, one.oldest), len(ops)):
+            assert one.tree(at).leaves().tolist() == whole.tree(at).leaves().tolist()
+            newborn = whole.newborn(at, span).leaves().tolist()
+            assert one.newborn(at, span).leaves().tolist() == newborn
+            for name in "abcdefgh":
+                assert one.key_of(name, at) == whole.key_of(name, at)
+            for leaf_key in range(CODES**3):
+                assert one.members(leaf_key, at) == whole.members(leaf_key, at)
+    again.prune(len(ops))
+    assert again.rows == len(catalogue_at(ops, len(ops) - 1))
+
+
+def test_a_long_churn_leaves_an_index_of_the_items_that_live_and_the_ends_that_are_kept() -> None:
+    items, behind, codes = 200, 50, 32
+    rng = np.random.default_rng(4)
+    index = ValidIds(codes)
+    state: set[int] = set()
+    most = 0
+    for version in range(30_000):
+        item = int(rng.integers(items))
+        if item in state:
+            index.delete(version, f"i{item}")
+            state.remove(item)
+        else:
+            c1, c2, c3 = rng.integers(0, codes, 3).tolist()
+            index.upsert(version, f"i{item}", (c1, c2, c3))
+            state.add(item)
+        if version % 7 == 0:
+            index.prune(version - behind)
+        most = max(most, index.rows)
+    assert most <= items + behind + 7
+    stays = index.to_tensors()["valid_ids.stays"]
+    assert stays.shape[1] == index.rows
+    before = index.rows
+    index.prune(index.version)
+    assert len(state) == index.rows < before
+    assert {name for name in map(str, range(items)) if index.key_of(f"i{name}") is not None} == {
+        str(item) for item in state
+    }
+
+
+def test_pruning_costs_what_it_forgets_and_not_what_there_is() -> None:
+    index = ValidIds(64)
+    rng = np.random.default_rng(1)
+    for version, leaf in enumerate(rng.integers(0, 64, (100_000, 3)).tolist()):
+        index.upsert(version, f"item-{version}", (leaf[0], leaf[1], leaf[2]))
+    spent = []
+    for version in range(100_000, 100_200):
+        index.delete(version, f"item-{version - 100_000}")
+        begin = time.process_time()
+        index.prune(version)
+        spent.append(time.process_time() - begin)
+    assert min(spent) < 2e-4
+    assert index.rows == 100_000 - 200
+
+
 @given(operations)
 def test_tensors_carry_the_whole_index(ops: list[Op]) -> None:
     index = built(ops)

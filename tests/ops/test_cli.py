@@ -108,6 +108,8 @@ def test_one_seed_flag_sets_the_seeds_of_the_policy_and_of_the_world(dwell: Run)
         (("broker", "--bootstrap", "h:1"), "names an existing cluster"),
         (("up", "--bootstrap", "h"), "--bootstrap: kafka.bootstrap"),
         (("up", "--json", "gone/results.json"), "there is no folder gone"),
+        (("catalogue", "list"), "nothing has run on the data directory"),
+        (("catalogue", "upsert", "items.jsonl", "--wait"), "nothing has run on the data directory"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_status_2(
