@@ -261,6 +261,8 @@ class Outgoing:
             except (KafkaError, OSError) as error:
                 if not passes(error):
                     raise refused("the spool", error) from None
+                if not self._given_up:
+                    log.info("the spool tries another producer: %s", reason(error))
                 self._given_up = True
             finally:
                 if back:
