@@ -7,9 +7,10 @@ pauses nobody (invariant 2 of the design).
 from dataclasses import dataclass
 
 from learner.decoder import LazyDecoder
-from learner.policy import build, load_state
+from learner.policy import served
+from streams.chain import Version
 from streams.control import ControlState
-from streams.weights import Manifest, WeightError, verified_state
+from streams.weights import Manifest, WeightError
 
 
 @dataclass(frozen=True)
@@ -21,26 +22,22 @@ class ServedPolicy:
     model: LazyDecoder
 
 
-def materialise(manifest: Manifest, content: bytes, codebook: str, codes: int) -> ServedPolicy:
-    """Build and verify a version aside; raises `WeightError` and nothing has changed.
+def materialise(version: Version, codebook: str, codes: int) -> ServedPolicy:
+    """Build a version aside, from its checked state; raises `WeightError` and nothing has changed.
 
     `codebook` is the catalogue's: weights of another codebook would give semantic IDs another meaning. `codes` are
     those of a level, as the actor is configured.
     """
-    version = f"version {manifest.version}"
+    manifest = version.manifest
+    name = f"version {manifest.version}"
     if manifest.codebook != codebook:
-        raise WeightError(
-            f"{version} is of codebook {manifest.codebook}, the catalogue of {codebook}"
-        )
+        raise WeightError(f"{name} is of codebook {manifest.codebook}, the catalogue of {codebook}")
     if manifest.codes != codes:
-        raise WeightError(f"{version} has {manifest.codes} codes a level, policy.codes is {codes}")
-    state = verified_state(manifest, content)
+        raise WeightError(f"{name} has {manifest.codes} codes a level, policy.codes is {codes}")
     try:
-        model = build(manifest.preset, manifest.codes, manifest.user_rows)
-        load_state(model, state)
+        model = served(manifest.preset, manifest.codes, manifest.user_rows, version.blocks)
     except ValueError as error:
-        raise WeightError(f"{version}: {' '.join(str(error).split())}") from None
-    model.eval().requires_grad_(False)
+        raise WeightError(f"{name}: {' '.join(str(error).split())}") from None
     return ServedPolicy(manifest.version, manifest, model)
 
 

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from actor.explore import Exploration, Pool
 from actor.policy import ServedPolicy
-from actor.sampling import Slates, Step, draw, last_hop
+from actor.sampling import Slates, draw, last_hop
+from actor.search import Step
 from actor.users import Users
 from learner.catalogue import Catalogue
-from learner.context import contexts, pack_behaviours
-from learner.decoder import KeyValues, LazyDecoder
+from learner.context import pack_behaviours
+from learner.context_processor import KeyValues
+from learner.decoder import LazyDecoder
 from learner.valid_tree import Children, Keys, Tree, keys_of, sid_of, sids_of
 from streams.events import Draw, Exposure, LogpLevels, ShownItem, Source, pack_leaves
 
@@ -91,15 +93,8 @@ def decode(
 ) -> Slates:
     """Draw the slates of a batch, all of one version and tree. The same seed in `noise` gives the same slates."""
     model = policy.model
-    kv = model.process(
-        contexts(
-            [one.user for one in batch],
-            [one.context for one in batch],
-            model.preset.context,
-            model.user_rows,
-            model.codes,
-        )
-    )
+    of = model.contexts([one.user for one in batch], [one.context for one in batch])
+    kv = model.looked_up(of)
     largest = max(one.count for one in batch)
     excluded = [one.excluded for one in batch]
     rng = np.random.default_rng(noise)

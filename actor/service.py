@@ -38,6 +38,7 @@ from streams.aioclients import leave_producer
 from streams.control import arm_of
 from streams.events import Exposure, Feedback, FeedbackKind, encode
 from streams.settings import KafkaSettings
+from streams.signing import KeyFileError, trust
 from streams.topics import EXPOSURES, FEEDBACK
 
 log = logging.getLogger("dwell.actor")
@@ -95,6 +96,10 @@ class Service:
         self._users = Users(settings)
         self._explore = Exploration.of(settings)
         self._rng = np.random.default_rng()
+        try:
+            self._trust = trust(settings.trusted_key)
+        except KeyFileError as error:
+            raise ServiceError(f"actor.trusted_key: {error}") from None
         self._batcher = Batcher(self._decode, settings.max_batch)
         self.fault = ""
         """Why this service cannot go on; empty while it can."""
@@ -116,7 +121,12 @@ class Service:
                 stack.push_async_callback(leave_producer, acks)
                 await acks.start()
                 subscription = Subscription(
-                    self.name, self._kafka, self._arms, self._catalogue, self._users
+                    self.name,
+                    self._kafka,
+                    self._arms,
+                    self._catalogue,
+                    self._users,
+                    self._trust,
                 )
                 stack.push_async_callback(subscription.stop)
                 await subscription.start(acks)

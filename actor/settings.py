@@ -5,7 +5,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from storage.settings import Count, Name, Port, Positive, Share, Whole
+from storage.settings import Count, Name, PathOrNone, Port, Positive, Share, Whole
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class ActorSettings:
     """A slate that is not drawn after this long is a fallback: any valid items, and logged as such."""
     max_waiting: Count = 512
     """Requests that may wait to be decoded; further ones are told to come again (429)."""
+    trusted_key: PathOrNone = ""
+    """Public key of the learner; versions that it did not sign are refused. Empty: no signature is asked for."""
     max_batch: Count = 64
     """Most requests decoded together."""
     kafka_patience_s: Positive = 1.0

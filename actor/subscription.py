@@ -1,10 +1,12 @@
 """What an actor reads from Kafka: control, catalogue, histories and weights, in one event loop.
 
 Notable choices
-- At start each log is read to its present end before the actor is ready; of the weights only the newest version
-  and those that `control` names are materialised, and none before there is a catalogue: they must have its codebook.
-- A version that cannot be taken (damaged, schema, digest, codebook) changes nothing: the arm keeps what it serves,
-  and says so on `weights.acks`, in a metric and in the log. An actor that starts falls back to an older one.
+- At start each log is read to its present end before the actor is ready: of the weights the anchors, and the chain
+  from the newest on. Only the newest version and those that `control` names are materialised, and none before there
+  is a catalogue: they must have its codebook.
+- A version that cannot be taken (damaged, signature, schema, digest, codebook) changes nothing: the arm keeps what it
+  serves, and says so on `weights.acks`, in a metric and in the log; so with each that builds on it, until the next
+  anchor. An actor that starts falls back to an older one.
 - An actor obeys `control` without the learner: a pin to a version not at hand reads it from the log.
 - A broker that is away for a while is waited for; what cannot pass by itself ends the reader, and with it the actor.
 """
@@ -12,20 +14,22 @@ Notable choices
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord, RecordMetadata
 from prometheus_client import Counter, Gauge, Histogram
 
+from actor.fetch import ANCHORS_PLACE, CHAIN_PLACE, fetch
 from actor.policy import Arms, ServedPolicy, materialise
 from actor.users import Users
 from learner.catalogue import Catalogue, CatalogueError
 from streams.aioclients import leave
+from streams.chain import Chain, Version, in_order
 from streams.events import UnreadableError, command_decoder, decode, encode
 from streams.settings import KafkaSettings
-from streams.topics import CATALOGUE, CONTROL, HISTORIES, WEIGHTS_ACKS, WEIGHTS_ANCHORS
+from streams.signing import Trust
+from streams.topics import CATALOGUE, CONTROL, HISTORIES, WEIGHTS_ACKS
 from streams.weights import Ack, Assembler, Manifest, WeightError, weights_decoder
 
 log = logging.getLogger("dwell.actor")
@@ -35,7 +39,6 @@ APPLIED = Counter("dwell_actor_versions_total", "Versions taken or refused", ["w
 APPLY_SECONDS = Histogram("dwell_actor_apply_seconds", "Publication of a version to its swap")
 CATALOGUE_ITEMS = Gauge("dwell_actor_catalogue_items", "Items alive")
 
-WEIGHTS_PLACE = TopicPartition(WEIGHTS_ANCHORS, 0)
 CONTROL_PLACE = TopicPartition(CONTROL, 0)
 CATALOGUE_PLACE = TopicPartition(CATALOGUE, 0)
 
@@ -48,7 +51,13 @@ class Subscription:
     """Keeps arms, catalogue and users up to date; `start`, then `run` until cancelled."""
 
     def __init__(
-        self, name: str, kafka: KafkaSettings, arms: Arms, catalogue: Catalogue, users: Users
+        self,
+        name: str,
+        kafka: KafkaSettings,
+        arms: Arms,
+        catalogue: Catalogue,
+        users: Users,
+        trust: Trust | None = None,
     ) -> None:
         self._name = name
         self._kafka = kafka
@@ -56,12 +65,16 @@ class Subscription:
         self._catalogue = catalogue
         self._users = users
         self._consumer = self._reader()
-        self._assembler = Assembler()
-        self._newest: tuple[Manifest, bytes] | None = None
-        self._begun: Manifest | None = None
+        self._trust = trust
+        self._assemblers = {place: Assembler(trust) for place in (ANCHORS_PLACE, CHAIN_PLACE)}
+        self._begun: dict[TopicPartition, Manifest] = {}
+        self._arrived: list[tuple[Manifest, bytes]] = []
         self._refused: list[tuple[Manifest, str]] = []
+        self._chain = Chain()
+        self._tried = 0
+        """The head of the chain that was made a policy last, or could not be."""
         self._offsets: dict[int, int] = {}
-        """Where each version's manifest stands in the log."""
+        """Where each anchor's manifest stands in the log."""
         self._unusable: set[int] = set()
 
     async def start(self, acks: AIOKafkaProducer) -> None:
@@ -69,16 +82,20 @@ class Subscription:
         self._acks = acks
         await self._consumer.start()
         histories = [TopicPartition(HISTORIES, p) for p in range(self._kafka.partitions)]
-        others = [CATALOGUE_PLACE, *histories, WEIGHTS_PLACE]
-        self._consumer.assign([CONTROL_PLACE, *others])
-        for place, first in (
-            await self._consumer.beginning_offsets([CONTROL_PLACE, *others])
-        ).items():
+        others = [CATALOGUE_PLACE, *histories, ANCHORS_PLACE]
+        every = [CONTROL_PLACE, *others, CHAIN_PLACE]
+        self._consumer.assign(every)
+        for place, first in (await self._consumer.beginning_offsets(every)).items():
             self._consumer.seek(place, first)
-        self._consumer.pause(*others)  # control first: it names the versions to be served
+        # control first: it names the versions to be served; the chain last, from the newest anchor on
+        self._consumer.pause(*others, CHAIN_PLACE)
         await self._read_to_end([CONTROL_PLACE])
         self._consumer.resume(*others)
         await self._read_to_end(others)
+        self._arrived = sorted(self._arrived, key=lambda whole: whole[0].version)[-1:]
+        await self._settle()
+        self._consumer.resume(CHAIN_PLACE)
+        await self._read_to_end([CHAIN_PLACE])
         await self._settle()
 
     async def run(self) -> None:
@@ -126,8 +143,8 @@ class Subscription:
     def _take(self, place: TopicPartition, record: ConsumerRecord) -> bool:
         """One record; what cannot be used costs nothing else."""
         try:
-            if place == WEIGHTS_PLACE:
-                return self._take_weights(record)
+            if place in self._assemblers:
+                return self._take_weights(place, record)
             if place == CONTROL_PLACE:
                 self._unusable.clear()  # whoever names a version again wants it tried again
                 if not self._arms.control.apply(decode(command_decoder, record.value)):
@@ -143,26 +160,30 @@ class Subscription:
             log.warning("%s offset %d: %s", record.topic, record.offset, error)
         return False
 
-    def _take_weights(self, record: ConsumerRecord) -> bool:
+    def _take_weights(self, place: TopicPartition, record: ConsumerRecord) -> bool:
         number, _, part = (record.key or b"").decode(errors="replace").partition("/")
         if part == "manifest" and number.isdigit():
-            if record.value is None:
-                self._offsets.pop(int(number), None)
+            begun = None if record.value is None else _manifest(record.value)
+            if begun is None:
+                self._begun.pop(place, None)
             else:
-                self._offsets[int(number)] = record.offset
+                self._begun[place] = begun
                 self._unusable.discard(int(number))
-                self._begun = _manifest(record.value)
+            if place == ANCHORS_PLACE:
+                self._offsets.pop(int(number), None)
+                if record.value is not None:
+                    self._offsets[int(number)] = record.offset
         try:
-            whole = self._assembler.take(record.value)
+            whole = self._assemblers[place].take(record.value)
         except WeightError as error:
             log.error("%s offset %d: %s", record.topic, record.offset, error)
-            if self._begun is not None:
-                self._refused.append((self._begun, str(error)))
-                self._begun = None
+            if place in self._begun:
+                self._refused.append((self._begun.pop(place), str(error)))
             return True
         if whole is None:
             return False
-        self._newest, self._begun = whole, None
+        self._begun.pop(place, None)
+        self._arrived.append(whole)
         return True
 
     async def _settle(self) -> None:
@@ -170,11 +191,10 @@ class Subscription:
         for manifest, reason in self._refused:
             await self._acknowledge(manifest, reason)
         self._refused.clear()
+        await self._advance()
         if not self._catalogue.codebook:
             return
-        if self._newest is not None:
-            await self._take_newest(*self._newest)
-            self._newest = None
+        await self._take_newest()
         await self._swap({})
         fetched = {}
         for version in self._arms.missing() - self._unusable:
@@ -186,22 +206,52 @@ class Subscription:
         if fetched:
             await self._swap(fetched)
 
-    async def _take_newest(self, manifest: Manifest, content: bytes) -> None:
-        newest = self._arms.newest
-        if newest is not None and manifest.version <= newest.version:
+    async def _advance(self) -> None:
+        """Follow the chain over what has arrived."""
+        arrived, self._arrived = in_order(self._arrived), []
+        for manifest, content in arrived:
+            try:
+                await asyncio.to_thread(self._chain.take, manifest, content)
+            except WeightError as error:
+                log.error("refused: %s", error)
+                await self._acknowledge(manifest, str(error))
+        if arrived and self._chain.head is None:
+            self._chain.head = older = await self._older(arrived[-1][0].version)
+            self._chain.rewind = older.manifest.chain if older else None
+        await self._rewind()
+
+    async def _rewind(self) -> None:
+        """After an anchor, read its deltas, some of them again."""
+        if self._chain.rewind is None:
             return
-        policy = await self._materialise(manifest, content)
+        first = (await self._consumer.beginning_offsets([CHAIN_PLACE]))[CHAIN_PLACE]
+        wanted = max(first, self._chain.rewind)
+        if wanted < await self._consumer.position(CHAIN_PLACE) or CHAIN_PLACE in (
+            self._consumer.paused()
+        ):
+            self._consumer.seek(CHAIN_PLACE, wanted)
+            self._assemblers[CHAIN_PLACE] = Assembler(self._trust)
+        self._chain.rewind = None
+
+    async def _take_newest(self) -> None:
+        """Let the head of the chain be the newest policy."""
+        head, newest = self._chain.head, self._arms.newest
+        if head is None or head.number <= self._tried:
+            return
+        self._tried = head.number
+        policy = await self._materialise(head)
         if policy is None and newest is None:
-            policy = await self._fallback(manifest.version)
+            older = await self._older(head.number)
+            policy = None if older is None else await self._materialise(older)
         self._arms.newest = policy or newest
 
-    async def _fallback(self, refused: int) -> ServedPolicy | None:
-        """The newest usable version before one that was refused."""
+    async def _older(self, refused: int) -> Version | None:
+        """The newest version in full before one that was refused."""
         older = sorted((version for version in self._offsets if version < refused), reverse=True)
         for version in older[:FALLBACKS]:
-            policy = await self._fetch(version)
-            if policy is not None:
-                return policy
+            found = await self._read(version)
+            if found is not None:
+                return found
         return None
 
     async def _swap(self, fetched: dict[int, ServedPolicy]) -> None:
@@ -212,39 +262,36 @@ class Subscription:
             if served is not None:
                 SERVED_VERSION.labels(arm).set(served.version)
 
-    async def _materialise(self, manifest: Manifest, content: bytes) -> ServedPolicy | None:
+    async def _materialise(self, version: Version) -> ServedPolicy | None:
         """Build a version in a thread: requests go on meanwhile."""
         codebook, codes = self._catalogue.codebook, self._catalogue.valid.codes
         try:
-            return await asyncio.to_thread(materialise, manifest, content, codebook, codes)
+            return await asyncio.to_thread(materialise, version, codebook, codes)
         except WeightError as error:
             log.error("refused: %s", error)
-            await self._acknowledge(manifest, str(error))
+            await self._acknowledge(version.manifest, str(error))
             return None
 
     async def _fetch(self, version: int) -> ServedPolicy | None:
-        """Read one older version from the log; None where it is not there or cannot be used."""
-        first = self._offsets.get(version)
-        if first is None:
-            log.error("control names version %d, which is not in the log", version)
+        """One older version, ready to be served; None where it is not there or cannot be used."""
+        found = await self._read(version)
+        return None if found is None else await self._materialise(found)
+
+    async def _read(self, version: int) -> Version | None:
+        """Read one older version from the log; None where that does not lead to it."""
+        anchor = max((one for one in self._offsets if one <= version), default=None)
+        if anchor is None:
+            log.error("version %d is not in the log", version)
             return None
         consumer = self._reader()
         try:
             await consumer.start()
-            consumer.assign([WEIGHTS_PLACE])
-            end = (await consumer.end_offsets([WEIGHTS_PLACE]))[WEIGHTS_PLACE]
-            consumer.seek(WEIGHTS_PLACE, first)
-            assembler = Assembler()
-            while await consumer.position(WEIGHTS_PLACE) < end:
-                for records in (await consumer.getmany(timeout_ms=200)).values():
-                    whole = _first_whole(assembler, records)
-                    if whole is not None:
-                        return (
-                            await self._materialise(*whole) if whole[0].version == version else None
-                        )
+            return await fetch(consumer, self._offsets[anchor], version, self._trust)
+        except WeightError as error:
+            log.error("%s", error)
+            return None
         finally:
             await leave(consumer.stop())
-        return None
 
     async def _acknowledge(self, manifest: Manifest, refused: str) -> None:
         """Say what became of a version; nothing depends on being heard."""
@@ -275,20 +322,6 @@ def _manifest(value: bytes) -> Manifest | None:
     except UnreadableError:
         return None
     return part if isinstance(part, Manifest) else None
-
-
-def _first_whole(
-    assembler: Assembler, records: Iterable[ConsumerRecord]
-) -> tuple[Manifest, bytes] | None:
-    for record in records:
-        try:
-            whole = assembler.take(record.value)
-        except WeightError as error:
-            log.error("%s offset %d: %s", record.topic, record.offset, error)
-            continue
-        if whole is not None:
-            return whole
-    return None
 
 
 def _heard(sent: asyncio.Future[RecordMetadata]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learner.context import Contexts
-from learner.decoder import ContextProcessor, KeyValues
+from learner.context_processor import ContextProcessor, KeyValues
 from learner.layers import CrossAttention, SelfAttention, SwiGLU, TargetSide
 from learner.presets import Preset
 from streams.events import LEVELS

@@ -211,7 +211,7 @@ def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
 def fits(path: Path, progress: Progress, policy: PolicySettings) -> None:
     """Raise `CheckpointError` when a start does not fit the configured policy."""
     found = (progress.preset, progress.codes, progress.user_rows)
-    asked = (policy.preset, policy.codes, policy.user_rows)
+    asked = (policy.shape, policy.codes, policy.user_rows)
     if found != asked:
         raise CheckpointError(
             f"{path} holds a policy with (preset, codes, user_rows) = {found}, "

@@ -79,12 +79,16 @@ def contexts(
     codes_BTL = np.zeros((len(users), length, LEVELS), np.int64)
     features_BTF = np.zeros((len(users), length, FEATURES), np.float32)
     present_BT = np.zeros((len(users), length), bool)
-    for row, value in enumerate(packed):
-        behaviours = np.frombuffer(value, dtype=BEHAVIOUR)[-length:]
-        if len(behaviours):
-            codes_BTL[row, -len(behaviours) :] = behaviours["codes"]
-            features_BTF[row, -len(behaviours) :] = features(behaviours)
-            present_BT[row, -len(behaviours) :] = True
+    latest = [value[-length * BEHAVIOUR.itemsize :] for value in packed]
+    for row, value in enumerate(latest):
+        if len(value) % BEHAVIOUR.itemsize:
+            raise ValueError(
+                f"a context has {len(value)} bytes, no multiple of {BEHAVIOUR.itemsize}"
+            )
+        present_BT[row, length - len(value) // BEHAVIOUR.itemsize :] = True
+    behaviours_n = np.frombuffer(b"".join(latest), dtype=BEHAVIOUR)
+    codes_BTL[present_BT] = behaviours_n["codes"]
+    features_BTF[present_BT] = features(behaviours_n)
     if codes_BTL.size and int(codes_BTL.max()) >= codes:
         raise ValueError(f"a context holds code {codes_BTL.max()}, the codebooks have {codes}")
     return Contexts(

@@ -1,7 +1,7 @@
 """The policy's distribution over the valid children of a node, over whole levels: learner and audit share it.
 
 The division by the temperature happens in the logits' own dtype. The actor, who has lists of children instead of
-masks, divides there, too, and then normalises in float64 (actor/sampling.py), because a law that is drawn from must
+masks, divides there, too, and then normalises in float64 (actor/search.py), because a law that is drawn from must
 sum to one far closer than float32 does. The two agree within float32 rounding: 1e-6 nats down to log-probabilities
 of -8.
 """

@@ -5,23 +5,26 @@ State is compared by name; its float32 values are the version's definition.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learner.decoder import LazyDecoder
-from learner.presets import PRESETS
-from streams.weights import State
+from learner.presets import preset_of
+from streams.blocks import BLOCK_BYTES, Blocked, BlockState, State
 
 
 class PolicyError(ValueError):
     """A policy that cannot be built as asked; the message says what would be right."""
 
 
-def build(preset: str, codes: int, user_rows: int) -> LazyDecoder:
-    """A decoder of a preset's size; raises `PolicyError` for an unknown preset."""
-    if preset not in PRESETS:
-        raise PolicyError(f"preset {preset!r} is unknown; there are: {', '.join(PRESETS)}")
-    return LazyDecoder(PRESETS[preset], codes, user_rows)
+def build(shape: str, codes: int, user_rows: int) -> LazyDecoder:
+    """A decoder of a shape (learner/presets.py); raises `PolicyError` for an unknown one."""
+    try:
+        preset = preset_of(shape)
+    except ValueError as error:
+        raise PolicyError(str(error)) from None
+    return LazyDecoder(preset, codes, user_rows)
 
 
 def compile_blocks(model: LazyDecoder) -> LazyDecoder:
@@ -53,3 +56,57 @@ def load_state(model: LazyDecoder, state: State) -> None:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise PolicyError(f"state does not fit the policy: {error}") from None
+
+
+USERS = "context.users.weight"
+"""The table that has a row for each user, of which a version moves few."""
+
+
+def served(shape: str, codes: int, user_rows: int, blocks: BlockState) -> LazyDecoder:
+    """The policy of a state, sharing its memory: to be asked, not trained, and the state not to be written to.
+
+    The user table stays in blocks, so that a version costs no copy of it. Raises `PolicyError`.
+    """
+    with torch.device("meta"):  # no memory, no random numbers
+        model = build(shape, codes, user_rows)
+    tensors = {
+        name: torch.from_numpy(tensor.array) for name, tensor in blocks.items() if name != USERS
+    }
+    table = blocks.get(USERS)
+    asked = tuple(model.context.users.weight.shape)
+    if table is None or table.shape != asked:
+        raise PolicyError(
+            f"state does not fit the policy: {USERS} is {table and table.shape}, {asked} is asked for"
+        )
+    model.context.users = _Rows(table)  # type: ignore[assignment]
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise PolicyError(f"state does not fit the policy: {error}") from None
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # counters of training, which no state holds
+                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+    model.eval().requires_grad_(False)
+    model.prepare()
+    return model
+
+
+class _Rows(nn.Module):
+    """An embedding table in blocks."""
+
+    def __init__(self, table: Blocked) -> None:
+        super().__init__()
+        self._table = table
+        self._row_bytes = table.shape[1] * table.dtype.itemsize
+        self._in_blocks = len(table.blocks) > 1 and BLOCK_BYTES % self._row_bytes == 0
+
+    def forward(self, rows_B: Tensor) -> Tensor:
+        """`[B]` -> `[B, E]`."""
+        if not self._in_blocks:
+            return torch.from_numpy(self._table.array)[rows_B]
+        rows = []
+        for row in rows_B.tolist():
+            block, first = divmod(row * self._row_bytes, BLOCK_BYTES)
+            rows.append(self._table.blocks[block][first : first + self._row_bytes])
+        return torch.from_numpy(np.stack(rows).view(self._table.dtype))

@@ -8,9 +8,12 @@ From `0.1B` on, the OneRec-V2 report's sizes: d_model, layers, heads and embeddi
 values shared by all layers. The FFN is 4 d_model wide, which the report does not state, but its compute of the
 encoder-decoders gives exactly (learner/counting.py), as does the size of its MoE. The report does not give the split
 of its 512 context positions either: one is static and 20 are short-term, as in OneRec-V1, the others long-term.
+
+A shape is a preset's name, or one with another length of the context, `tiny:3000`: that is what a checkpoint and a
+manifest say.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 
@@ -110,3 +113,24 @@ PRESETS: Final[dict[str, Preset]] = {
     "8B": _of_report(3584, 34, 28, 179),
     "4B-MoE": _of_report(1408, 14, 11, 70, experts=53, d_expert=1408),
 }
+
+
+def shape_name(preset: str, context: int) -> str:
+    """What a shape is called; a context of 0 is the preset's own."""
+    return f"{preset}:{context}" if context else preset
+
+
+def split_shape(shape: str) -> tuple[str, int]:
+    """Preset and context (0: its own) of a shape; `ValueError` for what is none."""
+    name, colon, length = shape.partition(":")
+    if colon and not (length.isascii() and length.isdigit() and int(length)):
+        raise ValueError(f"shape {shape!r} is no preset, nor one with a context, such as tiny:512")
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; there are: {', '.join(PRESETS)}")
+    return name, int(length or 0)
+
+
+def preset_of(shape: str) -> Preset:
+    """The numbers of a shape; raises as `split_shape`."""
+    name, context = split_shape(shape)
+    return replace(PRESETS[name], context=context) if context else PRESETS[name]

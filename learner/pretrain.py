@@ -38,7 +38,7 @@ def pretrain(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = build(policy.preset, policy.codes, policy.user_rows)
+    model = build(policy.shape, policy.codes, policy.user_rows)
     model.start_from_centroids(codebooks.centroids)
     trainer = Trainer(model, LearnSettings(supervised=1.0, entropy=0.0), settings.lr)
     chosen = [sample for sample in samples if any(item.advantage == 1 for item in sample.items)]

@@ -1,56 +1,53 @@
 """Publishing versions: fenced, whole or absent, numbers only grow.
 
 Notable choices
-- One transactional id for all learners of a cluster: starting a second one fences the first (Kafka transactions), so
-  a learner that lost its place cannot publish. A version's records, the tombstones of expired ones, and the dead
-  letters of what its steps could not use are one transaction.
-- A transaction has a time limit, after which its outcome is not known: the producer is replaced by one of the same
-  id, which fences it and ends what it left open, and the log says whether the version is there. (kafka-python 3.0
-  waits for ever in a commit when the broker refuses its connection at that moment.)
+- A version's records on both topics, the tombstones of expired ones, and the dead letters of what its steps could
+  not use are one transaction (learner/fenced.py).
+- Every version is published as a delta of the one before; every `anchor_every_s` one is published in full too, and so
+  is one without a version before it, and every one that an arm names: it must be there as long as it is named.
+- A trial at the start writes what a version would: a wrong set-up (rights, message sizes, a missing topic) fails
+  before anything has been learned.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from threading import Thread
-from typing import TypeVar
+from typing import Any
 
-from kafka import KafkaProducer
-from kafka.errors import InvalidProducerEpochError, KafkaError, ProducerFencedError
+from kafka.errors import KafkaError, ProducerFencedError
+from msgspec import structs
+from numpy.typing import NDArray
 
 from learner.checkpoint import Progress
-from streams.clients import producer, records
+from learner.fenced import Fenced, Record, why
+from learner.retention import Retention
+from streams.blocks import BlockState, State, blocked_state, digest_of, root
+from streams.clients import records
+from streams.delta import DeltaError, changes
 from streams.events import DeadLetter, UnreadableError, decode, encode
-from streams.topics import DEAD_LETTERS, WEIGHTS_ANCHORS
+from streams.signing import Signer
+from streams.topics import DEAD_LETTERS, WEIGHTS, WEIGHTS_ANCHORS
 from streams.weights import (
+    CHUNK_BYTES,
     Commit,
     Manifest,
-    State,
     StepEntry,
-    digest_of,
+    Trial,
+    WeightError,
     pack,
-    record_keys,
+    pack_anchored,
     schema_of,
     weights_decoder,
 )
+from streams.weights_log import version_at
 
 log = logging.getLogger("dwell.learner")
 
-TRANSACTIONAL_ID = "dwell-learner"
-MAX_TOMBSTONES = 50  # expired versions a publication, so that none of them takes long
+MAX_EXPIRED = 50  # anchors a publication, so that none of them takes long
 TRANSACTION_S = 10.0  # and more for a large one; the broker would end it after a minute
 SLOWEST_BYTES_PER_S = 20e6
-OPEN_S = 20
 PATIENCE_S = 60.0
-RECONNECT_MS = 1000  # the client would come to wait half a minute between attempts
-
-T = TypeVar("T")
-_Record = tuple[str, bytes | None, bytes | None]
-"""Topic, key, value; all topics written here have one partition."""
 
 
 class PublicationError(RuntimeError):
@@ -58,32 +55,50 @@ class PublicationError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Kept:
-    created_ms: int
-    keys: list[str]
+class Terms:
+    """How a learner publishes."""
+
+    horizon_s: float
+    """Versions can be had for at least this long."""
+    anchor_every_s: float = 30.0
+    signer: Signer | None = None
 
 
 class Publisher:
     """The one learner that may publish; opening it fences all others."""
 
-    def __init__(self, bootstrap: str, horizon_s: float) -> None:
-        """Raises `PublicationError` when Kafka does not answer or the log cannot be understood."""
+    def __init__(self, bootstrap: str, terms: Terms) -> None:
+        """Raises `PublicationError` when Kafka does not let it publish or the log cannot be understood."""
         self._bootstrap = bootstrap
-        self._horizon_ms = round(horizon_s * 1000)
-        self._kept: dict[int, _Kept] = {}
-        self._read_upto = 0
-        self._producer: KafkaProducer | None = None
+        self._terms = terms
+        self._horizon_ms = round(terms.horizon_s * 1000)
+        self._retention = Retention()
+        self._read_upto = {WEIGHTS_ANCHORS: 0, WEIGHTS: 0}
+        self._fenced: Fenced | None = None
+        self._blocks: BlockState | None = None
+        self._lost: set[int] = set()
         self.last: Manifest | None = None
+        """The newest version in the log."""
         try:
             self._open()
-        except KafkaError as error:
+            self._try()
+        except (KafkaError, TimeoutError) as error:
             self.close()
             raise PublicationError(
-                f"Kafka at {bootstrap} does not let this learner publish: {_why(error)}"
+                f"Kafka at {bootstrap} does not let this learner publish: {why(error)}"
             ) from None
         except BaseException:
             self.close()
             raise
+
+    def go_on_from(self, state: State) -> None:
+        """Say what the state of `last` is, so that the next version can be a delta; raises `PublicationError`."""
+        assert self.last is not None
+        if digest_of(state) != self.last.digest:
+            raise PublicationError(
+                f"version {self.last.version} is not published: its state has another digest"
+            )
+        self._blocks = blocked_state(state)
 
     def publish(
         self,
@@ -95,7 +110,7 @@ class Publisher:
         named: set[int],
         letters: Sequence[DeadLetter] = (),
     ) -> Manifest:
-        """Publish `state` as `progress.version`; versions in `named` never expire.
+        """Publish `state` as `progress.version`; versions in `named` never expire. Returns the chain's manifest.
 
         Raises `PublicationError` when the weights are not finite, this learner has been fenced, or Kafka refuses
         or has not answered for `PATIENCE_S`.
@@ -103,6 +118,8 @@ class Publisher:
         for name, tensor in state.items():
             if not bool(abs(tensor).max() < float("inf")):
                 raise PublicationError(f"version {progress.version}: {name} is not finite")
+        delta, blocks = self._changes(state)
+        full = delta is None or self._anchor_is_due(now_ms)
         manifest = Manifest(
             version=progress.version,
             lineage=progress.lineage,
@@ -111,97 +128,149 @@ class Publisher:
             codes=progress.codes,
             user_rows=progress.user_rows,
             schema=schema_of(state),
-            digest=digest_of(state),
+            digest=root(blocks),
+            base=progress.version - 1 if delta is not None else 0,
+            anchor=progress.version if full else max(self._retention.anchors),
+            chain=self._read_upto[WEIGHTS],
             size_bytes=0,
             chunks=0,
             journal=journal,
             watermark_ms=progress.watermark_ms,
             created_ms=now_ms,
         )
-        parts: list[_Record] = [
-            (WEIGHTS_ANCHORS, key.encode(), value) for key, value in pack(manifest, state)
-        ]
-        expired = [
-            version
-            for version, kept in self._kept.items()
-            if version not in named and kept.created_ms < now_ms - self._horizon_ms
-        ][:MAX_TOMBSTONES]
+        signer = self._terms.signer
+        packed = pack_anchored(manifest, signer) if delta is None else pack(manifest, delta, signer)
+        parts = _on(WEIGHTS, packed)
+        news = []
+        if full:
+            news.append(anchor := _as_anchor(manifest))
+            parts += _on(WEIGHTS_ANCHORS, pack(anchor, state, signer))
+        for anchor, content in self._asked_for(named - {progress.version}):
+            news.append(anchor)
+            parts += _on(WEIGHTS_ANCHORS, pack(anchor, content, signer))
+        before_ms = now_ms - self._horizon_ms
+        expired = self._retention.expired(before_ms, named, MAX_EXPIRED)
         parts += [
-            (WEIGHTS_ANCHORS, key.encode(), None)
-            for version in expired
-            for key in self._kept[version].keys
+            (WEIGHTS_ANCHORS, key.encode(), None) for keys in expired.values() for key in keys
         ]
         parts += [(DEAD_LETTERS, letter.key, encode(letter)) for letter in letters]
         self._commit(manifest, parts)
         for version in expired:
-            self._kept.pop(version, None)
-        self._kept[manifest.version] = _Kept(now_ms, record_keys(manifest))
-        self.last = manifest
+            self._retention.forget(version)
+        for anchor in news:
+            self._retention.anchor(anchor)
+        self._retention.made[manifest.version] = now_ms
+        self._retention.trim(before_ms, named)
+        self.last, self._blocks = manifest, blocks
         return manifest
 
     def created_ms(self, version: int) -> int | None:
-        """When a version was made, if it is still in the log."""
-        kept = self._kept.get(version)
-        return None if kept is None else kept.created_ms
+        """When a version was made, if it is still within the horizon."""
+        return self._retention.made.get(version)
 
     def first_of_each(self, span_ms: int) -> set[int]:
-        """Of the versions still in the log, the first of each span of time."""
-        first: dict[int, int] = {}
-        for version, kept in sorted(self._kept.items()):
-            first.setdefault(kept.created_ms // span_ms, version)
-        return set(first.values())
+        """Of the versions within the horizon, the first of each span of time."""
+        return self._retention.first_of_each(span_ms)
 
     def close(self, patience_s: float = 5) -> None:
         """Leave; an open transaction is aborted by whoever comes next."""
-        if self._producer is not None:
-            client, self._producer = self._producer, None
-            with suppress(KafkaError):
-                client.close(timeout=patience_s)
+        if self._fenced is not None:
+            client, self._fenced = self._fenced, None
+            client.close(patience_s)
+
+    def _changes(self, state: State) -> tuple[dict[str, NDArray[Any]] | None, BlockState]:
+        """The delta from the version before, where there is one, and the state in blocks."""
+        if self._blocks is not None:
+            try:
+                return changes(self._blocks, state)
+            except DeltaError as error:  # the policy itself is another
+                log.warning("publishing in full: %s", error)
+        return None, blocked_state(state)
+
+    def _anchor_is_due(self, now_ms: int) -> bool:
+        newest = max(self._retention.anchors, default=None)
+        if newest is None:
+            return True
+        return (
+            now_ms - self._retention.anchors[newest].created_ms >= self._terms.anchor_every_s * 1000
+        )
+
+    def _asked_for(self, named: set[int]) -> list[tuple[Manifest, State]]:
+        """The versions that an arm names and that are not there in full yet."""
+        found = []
+        for number in sorted(named - self._retention.anchors.keys() - self._lost):
+            try:
+                version = version_at(self._bootstrap, number)
+            except WeightError as error:
+                log.warning("an arm names a version that cannot be kept: %s", error)
+                self._lost.add(number)
+                continue
+            found.append((_as_anchor(version.manifest), version.state))
+        return found
 
     def _open(self) -> None:
         """Fence whoever published until now, and read what is committed."""
-        self._producer = _fencing(self._bootstrap)
+        self._fenced = Fenced(self._bootstrap)
         self._read_back()
+
+    def _try(self) -> None:
+        """Write as a version would be written, and nothing that anybody takes."""
+        assert self._fenced is not None
+        parts: list[Record] = [
+            (WEIGHTS, b"trial", encode(Trial(data=bytes(CHUNK_BYTES)))),
+            (WEIGHTS_ANCHORS, b"trial", None),
+        ]
+        self._read_upto |= self._fenced.commit(parts, TRANSACTION_S)
 
     def _read_back(self) -> None:
         """The committed versions that were not read yet; `last` is the newest of all."""
-        begun: dict[int, Manifest] = {}
-        for record in records(self._bootstrap, WEIGHTS_ANCHORS, first=self._read_upto):
-            self._read_upto = record.offset + 1
-            if record.value is None:
-                number, _, _ = (record.key or b"").partition(b"/")
-                if number.isdigit():
-                    self._kept.pop(int(number), None)
-                continue
-            try:
-                part = decode(weights_decoder, record.value)
-            except UnreadableError as error:
-                where = f"weights.anchors offset {record.offset}"
-                if error.reason == "unknown_major":  # a later release's, and its number counts
-                    raise PublicationError(f"{where}: {error}") from None
-                log.warning("%s skipped: %s", where, error)
-                continue
-            if isinstance(part, Manifest):
-                begun[part.version] = part
-            elif isinstance(part, Commit) and part.version in begun:
-                self.last = begun.pop(part.version)
-                self._kept[part.version] = _Kept(self.last.created_ms, record_keys(self.last))
+        for topic in (WEIGHTS_ANCHORS, WEIGHTS):
+            begun: dict[int, Manifest] = {}
+            for record in records(self._bootstrap, topic, first=self._read_upto[topic]):
+                self._read_upto[topic] = record.offset + 1
+                if record.value is None:
+                    number, _, _ = (record.key or b"").partition(b"/")
+                    if number.isdigit():
+                        self._retention.forget(int(number))
+                    continue
+                try:
+                    part = decode(weights_decoder, record.value)
+                except UnreadableError as error:
+                    where = f"{topic} offset {record.offset}"
+                    if error.reason == "unknown_major":  # a later release's, and its number counts
+                        raise PublicationError(f"{where}: {error}") from None
+                    log.warning("%s skipped: %s", where, error)
+                    continue
+                if isinstance(part, Manifest):
+                    begun[part.version] = part
+                elif isinstance(part, Commit) and part.version in begun:
+                    self._committed(topic, begun.pop(part.version))
 
-    def _commit(self, manifest: Manifest, parts: list[_Record]) -> None:
+    def _committed(self, topic: str, manifest: Manifest) -> None:
+        if topic == WEIGHTS_ANCHORS:
+            self._retention.anchor(manifest)
+        else:
+            self._retention.made[manifest.version] = manifest.created_ms
+        # of the same number the chain's, which is read last
+        if self.last is None or manifest.version >= self.last.version:
+            self.last = manifest
+
+    def _commit(self, manifest: Manifest, parts: list[Record]) -> None:
         """One transaction, tried again until its outcome is known."""
         before = self.last.version if self.last else 0
-        limit_s = TRANSACTION_S + manifest.size_bytes / SLOWEST_BYTES_PER_S
+        size = sum(len(value or b"") for _, _, value in parts)
+        limit_s = TRANSACTION_S + size / SLOWEST_BYTES_PER_S
         give_up = time.monotonic() + PATIENCE_S
         while True:
             try:
-                if self._producer is None:
+                if self._fenced is None:
                     self._open()
                     if self.last is not None and self.last.version > before:
                         if _same(self.last, manifest):
                             return  # it had been committed after all
                         raise ProducerFencedError
-                assert self._producer is not None
-                self._read_upto = _within(limit_s, partial(_transaction, self._producer, parts))
+                assert self._fenced is not None
+                self._read_upto |= self._fenced.commit(parts, limit_s)
                 return
             except ProducerFencedError:
                 raise PublicationError(
@@ -213,69 +282,20 @@ class Publisher:
                 passing = isinstance(error, TimeoutError) or error.retriable
                 if not passing or time.monotonic() > give_up:
                     raise PublicationError(
-                        f"version {manifest.version} was not published: {_why(error)}"
+                        f"version {manifest.version} was not published: {why(error)}"
                     ) from None
-                log.warning("version %d: %s; trying again", manifest.version, _why(error))
+                log.warning("version %d: %s; trying again", manifest.version, why(error))
                 time.sleep(0.2)
+
+
+def _as_anchor(manifest: Manifest) -> Manifest:
+    """The manifest of the same version in full."""
+    return structs.replace(manifest, base=0, anchor=manifest.version)
+
+
+def _on(topic: str, packed: list[tuple[str, bytes]]) -> list[Record]:
+    return [(topic, key.encode(), value) for key, value in packed]
 
 
 def _same(one: Manifest, other: Manifest) -> bool:
     return (one.version, one.digest, one.journal) == (other.version, other.digest, other.journal)
-
-
-def _fencing(bootstrap: str) -> KafkaProducer:
-    """A producer that has taken the place of all before it."""
-    client: KafkaProducer = producer(
-        bootstrap,
-        transactional_id=TRANSACTIONAL_ID,
-        max_request_size=1 << 20,
-        linger_ms=0,
-        max_block_ms=OPEN_S * 1000,
-        bootstrap_timeout_ms=OPEN_S * 1000,
-        reconnect_backoff_max_ms=RECONNECT_MS,
-    )
-    try:
-        client.init_transactions()
-    except BaseException:
-        client.close(timeout=0)
-        raise
-    return client
-
-
-def _transaction(client: KafkaProducer, parts: list[_Record]) -> int:
-    """Write `parts` in one transaction; returns the offset after the last of `weights.anchors`."""
-    sent = []
-    try:
-        client.begin_transaction()
-        for topic, key, value in parts:
-            sent.append(client.send(topic, value, key, partition=0))
-        client.commit_transaction()
-        written = [future.get(timeout=1) for future in sent]
-        return max(int(each.offset) for each in written if each.topic == WEIGHTS_ANCHORS) + 1
-    except KafkaError as error:
-        causes = [error, *(future.exception for future in sent)]
-        fences = (ProducerFencedError, InvalidProducerEpochError)
-        if any(isinstance(cause, fences) or "ProducerFenced" in str(cause) for cause in causes):
-            raise ProducerFencedError from None
-        raise
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Do `work` in a thread; raises `TimeoutError` after `seconds` and leaves it to itself."""
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(work())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    Thread(target=run, name="publication", daemon=True).start()
-    return answer.result(timeout=seconds)
-
-
-def _why(error: BaseException) -> str:
-    line = " ".join(str(error).split())
-    return line or (
-        "it does not answer" if isinstance(error, TimeoutError) else type(error).__name__
-    )

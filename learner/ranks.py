@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from learner.context import Contexts
 from learner.decoder import LazyDecoder
 from learner.policy import arrays_of
-from streams.weights import State
+from streams.blocks import State
 
 PATIENCE_S: Final = 600.0
 """A rank that is not heard of for so long hangs. One that dies is missed at once."""

@@ -12,7 +12,7 @@ Notable choices (contract of the policy, "Versions")
 
 import logging
 from collections.abc import Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,20 +30,13 @@ from learner.settings import LearnSettings
 from learner.step import Trainer
 from learner.update import JournalError, train_again
 from storage.checkpoints import Checkpoints
+from streams.blocks import digest_of
 from streams.clients import consumer, records
 from streams.events import UnreadableError, dead_letter_decoder, decode, sample_decoder
 from streams.settings import KafkaSettings
-from streams.topics import CATALOGUE, DEAD_LETTERS, SAMPLES, WEIGHTS_ANCHORS
-from streams.weights import (
-    Assembler,
-    Manifest,
-    State,
-    StepEntry,
-    WeightError,
-    digest_of,
-    verified_state,
-    weights_decoder,
-)
+from streams.topics import CATALOGUE, DEAD_LETTERS, SAMPLES
+from streams.weights import Manifest, StepEntry, WeightError
+from streams.weights_log import manifests_after, version_at
 
 log = logging.getLogger("dwell.learner")
 
@@ -156,20 +149,6 @@ def follow(
         yield manifest, digest_of(state_of(trainer.model))
 
 
-def manifests_after(bootstrap: str, version: int) -> list[Manifest]:
-    """The manifests of the committed versions after `version` that are still in the log, ascending."""
-    found: dict[bytes, Manifest] = {}
-    for record in records(bootstrap, WEIGHTS_ANCHORS):
-        key = record.key or b""
-        if not key.endswith(b"/manifest"):
-            continue
-        found.pop(key, None)
-        part = None if record.value is None else decode(weights_decoder, record.value)
-        if isinstance(part, Manifest) and part.version > version:
-            found[key] = part
-    return list(found.values())
-
-
 def resume(
     checkpoints: Checkpoints,
     last: Manifest,
@@ -229,9 +208,14 @@ def _caught_up(
         why = str(error)
     ADOPTED.inc()
     log.warning("%s: adopting the published weights, with fresh optimisers", why)
-    load_state(found.trainer.model, _published(kafka.bootstrap, last))
+    progress = _at(found.progress, began, manifests, last)
+    try:
+        published = version_at(kafka.bootstrap, last.version)
+    except WeightError as error:
+        raise RecoveryError(str(error)) from None
+    load_state(found.trainer.model, published.state)
     trainer = Trainer(found.trainer.model, settings, settings.lr, found.trainer.ranks)
-    return Resumed(trainer, _at(found.progress, began, manifests, last), found.codebooks)
+    return Resumed(trainer, progress, found.codebooks)
 
 
 def _at(progress: Progress, began: int, manifests: list[Manifest], last: Manifest) -> Progress:
@@ -250,22 +234,3 @@ def _at(progress: Progress, began: int, manifests: list[Manifest], last: Manifes
                 progress.offsets[partition] = max(before, upto)
     progress.version, progress.watermark_ms = last.version, last.watermark_ms
     return progress
-
-
-def whole_versions(bootstrap: str) -> Generator[tuple[Manifest, bytes], None, None]:
-    """Manifest and unchecked bytes of each version that is whole in the log, in its order."""
-    assembler = Assembler()
-    for record in records(bootstrap, WEIGHTS_ANCHORS):
-        with suppress(WeightError):
-            whole = assembler.take(record.value)
-            if whole is not None:
-                yield whole
-
-
-def _published(bootstrap: str, last: Manifest) -> State:
-    """The state of a version from its records."""
-    with closing(whole_versions(bootstrap)) as versions:
-        for manifest, content in versions:
-            if manifest.version == last.version:
-                return verified_state(manifest, content)
-    raise RecoveryError(f"version {last.version} is not whole in the log")

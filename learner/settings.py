@@ -1,11 +1,15 @@
 """What an operator may set about the policy and how it learns."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from storage.settings import Count, NotNegative, Positive, Whole
+from learner.presets import shape_name
+from storage.settings import Count, NotNegative, PathOrNone, Positive, Whole
+
+MAX_CONTEXT: Final = 3_000
+"""A behaviour is 20 bytes of an exposure and of a sample, some 150 of a history: all stay below a record's 1 MB."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,19 @@ class PolicySettings:
         "tiny"
     )
     """Size of the lazy decoder; see learner/presets.py."""
+    context: Annotated[int, Meta(ge=0, le=MAX_CONTEXT)] = 0
+    """Behaviours in a context; 0 is the preset's own. Not more than `streams.history_behaviours` come together."""
     codes: Annotated[int, Meta(ge=2)] = 32
     """Codes of each of the three levels of a semantic ID."""
     user_rows: Count = 16_384
     """Rows of the user table; user ids are hashed onto them."""
     threads: Count = 1
     """Threads of torch in each process."""
+
+    @property
+    def shape(self) -> str:
+        """Preset and context, as checkpoints and manifests name them."""
+        return shape_name(self.preset, self.context)
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,11 @@ class LearnSettings:
     keep_checkpoints: Count = 3
     """Checkpoints kept on disk."""
     weights_horizon_s: NotNegative = 900.0
-    """Published versions that no arm names are deleted from the log after this long."""
+    """Published versions can be had from the log for at least this long, those that an arm names for ever."""
+    anchor_every_s: NotNegative = 30.0
+    """Between full versions this far apart, each is published as what it changed."""
+    signing_key: PathOrNone = ""
+    """Private key that signs the versions (`dwell weights key`); empty: they are not signed."""
 
 
 @dataclass(frozen=True)

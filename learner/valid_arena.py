@@ -13,7 +13,8 @@ from typing import Final, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-Keys = NDArray[np.int64]
+from learner.sorted_keys import Keys, run_starts
+
 Places = NDArray[np.int32]
 
 _T = TypeVar("_T", np.int64, np.int32)
@@ -35,13 +36,6 @@ class Buckets(NamedTuple):
     """Where its leaves begin."""
     leaves_T: Keys
     """How many they are."""
-
-
-def run_starts(values_n: Keys) -> NDArray[np.intp]:
-    """Where runs of equal values start."""
-    if not len(values_n):
-        return np.empty(0, dtype=np.intp)
-    return np.flatnonzero(np.concatenate([[True], values_n[1:] != values_n[:-1]]))
 
 
 class Arena:

@@ -23,8 +23,9 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from learner.valid_arena import Arena, Buckets, Places, run_starts
-from learner.valid_arena import Keys as Keys
+from learner.sorted_keys import Keys as Keys
+from learner.sorted_keys import find, merged, none, ranges, run_starts
+from learner.valid_arena import Arena, Buckets, Places
 from streams.events import LEVELS, SemanticId
 
 FEW: Final = 256
@@ -81,12 +82,6 @@ class Exclusions:
     gone: tuple[Gone, ...]
 
 
-def ranges(low_N: Keys, size_N: Keys) -> Keys:
-    """The numbers of all ranges [low, low + size), one range after the other."""
-    before_N = size_N.cumsum() - size_N
-    return np.arange(int(size_N.sum())) + np.repeat(low_N - before_N, size_N)
-
-
 class Tree:
     """The live leaves of one catalogue version; immutable."""
 
@@ -141,10 +136,10 @@ class Tree:
         table = self._table
         touched = np.unique(np.concatenate([added, removed]) // self.codes**2)
         if len(touched) > FEW or self._arena.leaves > WASTE * self._count + SLACK:
-            return type(self)(self.codes, _merged(self.leaves(), added, removed))
+            return type(self)(self.codes, merged(self.leaves(), added, removed))
         own = np.isin(table.code_T, touched, assume_unique=True)
         there = self._arena.leaf_key[ranges(table.leaf_T[own], table.leaves_T[own])]
-        block = self._arena.add(_merged(there, added, removed), self.codes)
+        block = self._arena.add(merged(there, added, removed), self.codes)
         parts = [np.concatenate([old[~own], new]) for old, new in zip(table, block, strict=True)]
         order = np.argsort(parts[0], kind="stable")
         tree = copy(self)
@@ -155,7 +150,7 @@ class Tree:
         """Find what a request's excluded leaf keys remove; one array a request, any order, repeats
         and leaves that do not live are ignored."""
         request_n = np.repeat(np.arange(len(excluded)), [len(keys) for keys in excluded])
-        key_n = np.concatenate(excluded) if len(excluded) else _none()
+        key_n = np.concatenate(excluded) if len(excluded) else none()
         top_n, node_n, leaf_n = self._path(key_n, LEVELS)
         lives = leaf_n >= 0
         # Sorted by request, then leaf: a node's excluded leaves stand together on every level.
@@ -198,14 +193,14 @@ class Tree:
             above = rows[-1]
             low_n = np.where(above >= 0, low[above], 0)
             size_n = np.where(above >= 0, size[above], 0)
-            rows.append(_find(keys, low_n, size_n, key_n // self.codes ** (level - depth)))
+            rows.append(find(keys, low_n, size_n, key_n // self.codes ** (level - depth)))
         return rows
 
     def children(self, row_BM: Keys, level: int, excluded: Exclusions | None = None) -> Children:
         """Valid children, at `level`, of the nodes in these rows; a padding row (-1) has none."""
         row_N = row_BM.reshape(-1)
         if not self._count:
-            return Children(_none(), _none(), _none())
+            return Children(none(), none(), none())
         table, arena = self._table, self._arena
         low: Keys | Places
         size: Keys | Places
@@ -278,38 +273,6 @@ class Tree:
             masks[:, :, level] = self.child_mask(prefix_Bk, level, excluded)
             prefix_Bk = np.where(real_Bk, prefix_Bk * self.codes + sids[:, :, level], -1)
         return masks
-
-
-def _none() -> Keys:
-    return np.empty(0, dtype=np.int64)
-
-
-def _merged(own: Keys, added: Keys, removed: Keys) -> Keys:
-    """Sorted keys with others added and removed."""
-    if len(own):
-        at = np.minimum(np.searchsorted(own, removed), len(own) - 1)
-        kept = np.ones(len(own), dtype=bool)
-        kept[at[own[at] == removed]] = False
-        own = own[kept]
-    added = np.sort(added)
-    if not len(own):
-        return added
-    at = np.searchsorted(own, added)
-    fresh = own[np.minimum(at, len(own) - 1)] != added
-    return np.insert(own, at[fresh], added[fresh])
-
-
-def _find(values: Keys, low_n: Keys, size_n: Keys, wanted_n: Keys) -> Keys:
-    """Where each wanted value stands in its own sorted slice [low, low + size) of `values`; -1 where not."""
-    end_n = low_n + size_n
-    at_n, until_n = low_n, end_n
-    last = len(values) - 1
-    for _ in range(int(size_n.max(initial=0)).bit_length()):
-        middle_n = (at_n + until_n) >> 1
-        less_n = (at_n < until_n) & (values[np.minimum(middle_n, last)] < wanted_n)
-        at_n, until_n = np.where(less_n, middle_n + 1, at_n), np.where(less_n, until_n, middle_n)
-    found_n = (at_n < end_n) & (values[np.minimum(at_n, last)] == wanted_n)
-    return np.where(found_n, at_n, -1)
 
 
 def _among(gone: Gone, row_BM: Keys, low_N: Keys, size_N: Keys) -> Keys:

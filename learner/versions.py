@@ -18,13 +18,15 @@ from typing import Final
 from prometheus_client import Gauge, Histogram
 
 from learner.checkpoint import fits, load, load_shards, shared, to_bytes, to_folder
-from learner.publication import Publisher
+from learner.policy import state_of
+from learner.publication import Publisher, Terms
 from learner.ranks import Ranks, gathered
 from learner.recovery import Resumed, resume
 from learner.settings import LearnSettings, PolicySettings
 from storage.checkpoints import Checkpoints
 from streams.events import DeadLetter
 from streams.settings import KafkaSettings
+from streams.signing import signer
 from streams.weights import StepEntry
 
 log = logging.getLogger("dwell.learner")
@@ -108,7 +110,9 @@ class Versions:
 
     def _first(self, policy: PolicySettings, start_from: Path | None) -> Resumed:
         """What the first rank finds, alone."""
-        self._publisher = Publisher(self._kafka.bootstrap, self._learn.weights_horizon_s)
+        learn = self._learn
+        terms = Terms(learn.weights_horizon_s, learn.anchor_every_s, signer(learn.signing_key))
+        self._publisher = Publisher(self._kafka.bootstrap, terms)
         last, alone = self._publisher.last, self._ranks.alone()
         if last is None:
             path = self._checked(start_from)
@@ -117,6 +121,7 @@ class Versions:
         else:
             path = self._checkpoints.path(last.version)
             found = resume(self._checkpoints, last, self._kafka, self._learn, alone)
+            self._publisher.go_on_from(state_of(found.trainer.model))
         fits(path, found.progress, policy)
         return found
 

@@ -10,17 +10,18 @@ from kafka import TopicPartition
 
 from actor.policy import ServedPolicy, materialise
 from ops.monitor import Monitor, Observed
+from streams.chain import Chain, in_order
 from streams.clients import consumer, producer
 from streams.events import Sample, decode, encode, sample_decoder
 from streams.settings import KafkaSettings
-from streams.topics import SAMPLES, WEIGHTS_ACKS, WEIGHTS_ANCHORS
+from streams.topics import SAMPLES, WEIGHTS, WEIGHTS_ACKS, WEIGHTS_ANCHORS
 from streams.weights import Ack, Assembler, Manifest
 
 READER = "replay"
 
 
 class Applied:
-    """Follows `samples`, from their present end, and `weights.anchors`."""
+    """Follows `samples`, from their present end, and the versions."""
 
     def __init__(self, kafka: KafkaSettings, prior_plays: float, since_ms: int) -> None:
         """`prior_plays` is the weight of the population in a percentile; requests count `since_ms`, log time."""
@@ -32,17 +33,18 @@ class Applied:
         self._prior_plays = prior_plays
         self._judged = 0
         self._own_weight = 0.0
-        self._newest: tuple[Manifest, bytes] | None = None
-        self._assembler = Assembler()
+        self._chain = Chain()
+        self._arrived: list[tuple[Manifest, bytes]] = []
+        self._assemblers = {topic: Assembler() for topic in (WEIGHTS, WEIGHTS_ANCHORS)}
         self._monitor = Monitor()
         self._consumer = consumer(kafka.bootstrap, max_poll_records=5000)
         self._acks = producer(kafka.bootstrap, linger_ms=0)
         samples = [TopicPartition(SAMPLES, number) for number in range(kafka.partitions)]
-        weights = TopicPartition(WEIGHTS_ANCHORS, 0)
-        self._consumer.assign([*samples, weights])
+        weights = [TopicPartition(topic, 0) for topic in self._assemblers]
+        self._consumer.assign([*samples, *weights])
         for place, offset in {
             **self._consumer.end_offsets(samples),
-            **self._consumer.beginning_offsets([weights]),
+            **self._consumer.beginning_offsets(weights),
         }.items():
             self._consumer.seek(place, offset)
 
@@ -62,10 +64,11 @@ class Applied:
                     self.closed += sample.time_ms >= self._since_ms
                     self._weigh(sample)
                     continue
-                whole = self._assembler.take(record.value)
+                whole = self._assemblers[place.topic].take(record.value)
                 if whole is not None:
-                    self._monitor.manifest(whole[0])
-                    self._newest = whole
+                    self._arrived.append(whole)
+                    if place.topic == WEIGHTS:
+                        self._monitor.manifest(whole[0])
         return bool(batches)
 
     def apply(self, codebook: str, codes: int) -> bool:
@@ -73,11 +76,18 @@ class Applied:
 
         `codebook` is the catalogue's, `codes` are those of a level, as configured.
         """
-        if self._newest is None:
+        arrived, self._arrived = in_order(self._arrived), []
+        for whole in arrived:
+            self._chain.take(*whole)
+        if self._chain.rewind is not None:
+            self._consumer.seek(TopicPartition(WEIGHTS, 0), self._chain.rewind)
+            self._assemblers[WEIGHTS] = Assembler()
+            self._chain.rewind = None
+        head = self._chain.head
+        if head is None or (self.policy is not None and head.number <= self.policy.version):
             return False
-        manifest, content = self._newest
-        self._newest = None
-        self.policy = materialise(manifest, content, codebook, codes)
+        self.policy = materialise(head, codebook, codes)
+        manifest = head.manifest
         ack = Ack(
             actor=READER,
             version=manifest.version,

@@ -26,7 +26,6 @@ from rich.console import Console
 from actor.explore import Exploration
 from actor.policy import ServedPolicy, materialise
 from learner.catalogue import Catalogue, CatalogueError
-from learner.recovery import whole_versions
 from learner.valid_ids import UnknownVersionError
 from ops.cluster import visited
 from ops.config import Config
@@ -37,6 +36,7 @@ from streams.events import Exposure, UnreadableError, decode, exposure_decoder
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, EXPOSURES
 from streams.weights import WeightError
+from streams.weights_log import walk
 
 GOAL_NATS: Final = 1e-5
 """Largest difference per level (invariant 1 of the design)."""
@@ -86,14 +86,14 @@ def audit_propensity(config: Config, tell: Callable[[str], None] = lambda _: Non
         missing: Counter[str] = Counter()
         off: list[NDArray[np.float64]] = []
         equal = 0
-        with closing(whole_versions(config.kafka.bootstrap)) as weights:
-            for manifest, content in weights:
+        with closing(walk(config.kafka.bootstrap)) as weights:
+            for manifest, version in weights:
                 exposures = [_policys(value) for value in waiting.pop(manifest.version, [])]
                 if exposures:
                     try:
-                        policy = materialise(
-                            manifest, content, catalogue.codebook, catalogue.valid.codes
-                        )
+                        if isinstance(version, WeightError):
+                            raise version
+                        policy = materialise(version, catalogue.codebook, catalogue.valid.codes)
                         off.append(_judged(policy, exposures, catalogue, found))
                         equal += _again(policy, exposures, catalogue, explore, found)
                     except (WeightError, UnknownVersionError) as error:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from learner.checkpoint import CheckpointError, differing, load, to_bytes
 from learner.ranks import Ranks, RanksError
-from learner.recovery import RunLog, follow, manifests_after
+from learner.recovery import RunLog, follow
 from learner.update import JournalError
 from learner.versions import CHECKPOINTS
 from ops.cluster import visited
@@ -27,6 +27,7 @@ from ops.errors import UserError
 from ops.results import Check, report
 from storage.checkpoints import Checkpoints
 from streams.weights import Manifest
+from streams.weights_log import manifests_after
 
 
 @dataclass

@@ -38,7 +38,7 @@ from streams.events import (
 )
 from streams.intake import Intake
 from streams.settings import KafkaSettings
-from streams.topics import DEAD_LETTERS, EXPOSURES, FEEDBACK, SAMPLES, SHAPING, WEIGHTS_ANCHORS
+from streams.topics import DEAD_LETTERS, EXPOSURES, FEEDBACK, SAMPLES, SHAPING, WEIGHTS
 from streams.weights import Manifest, weights_decoder
 
 MARKERS = 3
@@ -163,7 +163,7 @@ def journals(kafka: KafkaSettings) -> dict[str, int]:
     client = consumer(kafka.bootstrap)
     try:
         versions = 0
-        for record in read(client, WEIGHTS_ANCHORS):
+        for record in read(client, WEIGHTS):
             part = None if record.value is None else decode(weights_decoder, record.value)
             if not isinstance(part, Manifest):
                 continue

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from actor.recommend import step_of
 from actor.sampling import draw
+from learner.context_processor import KeyValues
 from learner.decoder import LazyDecoder
 from learner.policy import PolicyError, build
 from learner.valid_tree import Children, Keys, Tree
@@ -109,28 +109,44 @@ def cells(
     found: list[Cell] = []
     noise = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
-    for batch, beam in product(BATCHES, BEAMS):
+    for batch in BATCHES:
         kv = processed(model, batch, seed)
-        free = Load(kv, beam, [np.empty(0, dtype=np.int64)] * batch)
-        here = [
-            Cell(size, kind, tree, batch, beam)
-            for size, of_kind in trees.items()
-            for kind, tree in of_kind.items()
-        ]
-        began = time.perf_counter()
-        for turn in range(repeats + 1):
-            say(f"batch {batch}, beam {beam}, turn {turn} of {repeats}")
-            free_s = _timed(unconstrained, model, free, noise)
-            for cell in here:
-                load = Load(kv, beam, [_some(cell.tree, rng) for _ in range(batch)])
-                cell.tree.busy_s = 0.0
-                seconds = _timed(constrained, model, cell.tree, load, rng)
-                if turn:  # the first is for the caches
-                    cell.turns.append((seconds, free_s, cell.tree.busy_s))
-            if turn and time.perf_counter() - began > PATIENCE_S:
-                break
-        found += here
+        for beam in BEAMS:
+            found += _in_turns(model, kv, trees, batch, beam, repeats, rng, noise, say)
     return [cell.figures() for cell in found]
+
+
+def _in_turns(
+    model: LazyDecoder,
+    kv: KeyValues,
+    trees: dict[int, dict[str, TimedTree]],
+    batch: int,
+    beam: int,
+    repeats: int,
+    rng: np.random.Generator,
+    noise: torch.Generator,
+    say: Say,
+) -> list[Cell]:
+    """The cells of one batch and beam."""
+    free = Load(kv, beam, [np.empty(0, dtype=np.int64)] * batch)
+    cells = [
+        Cell(size, kind, tree, batch, beam)
+        for size, of_kind in trees.items()
+        for kind, tree in of_kind.items()
+    ]
+    began = time.perf_counter()
+    for turn in range(repeats + 1):
+        say(f"batch {batch}, beam {beam}, turn {turn} of {repeats}")
+        free_s = _timed(unconstrained, model, free, noise)
+        for cell in cells:
+            load = Load(kv, beam, [_some(cell.tree, rng) for _ in range(batch)])
+            cell.tree.busy_s = 0.0
+            seconds = _timed(constrained, model, cell.tree, load, rng)
+            if turn:  # the first is for the caches
+                cell.turns.append((seconds, free_s, cell.tree.busy_s))
+        if turn and time.perf_counter() - began > PATIENCE_S:
+            break
+    return cells
 
 
 def asked_otherwise(

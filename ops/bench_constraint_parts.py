@@ -22,12 +22,13 @@ from torch import Tensor
 
 from actor.recommend import step_of
 from actor.sampling import Slates, draw
-from learner.context import contexts, pack_behaviours
-from learner.decoder import KeyValues, LazyDecoder
+from learner.context_processor import KeyValues
+from learner.decoder import LazyDecoder
 from learner.semantic_ids import fit
 from learner.valid_tree import Children, Exclusions, Keys, Tree, keys_of, sids_of
+from ops.bench_contexts import packed_context
 from ops.bench_tokeniser import mixture
-from streams.events import LEVELS, Behaviour
+from streams.events import LEVELS
 
 FITTED: Final = 65_536
 """Items that codebooks are fitted on; the others are assigned."""
@@ -58,34 +59,13 @@ def zipf_keys(leaves: int, codes: int, seed: int) -> Keys:
     return rng.permutation(found)[:leaves]
 
 
-def packed_context(positions: int, codes: int, rng: np.random.Generator) -> bytes:
-    """A context of random behaviours."""
-    sids = rng.integers(codes, size=(positions, LEVELS)).tolist()
-    behaviours = (
-        (
-            Behaviour(
-                request=f"r{place}",
-                position=0,
-                item="",
-                end_ms=1_000 * place,
-                play_ms=5_000 + place,
-                duration_ms=20_000,
-            ),
-            (c1, c2, c3),
-        )
-        for place, (c1, c2, c3) in enumerate(sids)
-    )
-    return pack_behaviours(behaviours, 1_000 * positions)
-
-
 def processed(model: LazyDecoder, requests: int, seed: int) -> KeyValues:
     """Keys and values of so many requests' contexts."""
     rng = np.random.default_rng([seed, requests])
     packed = [packed_context(model.preset.context, model.codes, rng) for _ in range(requests)]
     users = [f"user {number}" for number in range(requests)]
     with torch.inference_mode():
-        of = contexts(users, packed, model.preset.context, model.user_rows, model.codes)
-        return model.process(of)
+        return model.process(model.contexts(users, packed))
 
 
 def part_of(kv: KeyValues, rows: slice) -> KeyValues:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actor.sampling import draw, of_whole_level
+from actor.sampling import draw
+from actor.search import of_whole_level
 from learner.baselines import Baseline, EncoderDecoder, NaiveDecoder, split
 from learner.context import Contexts, contexts
 from learner.counting import Load, encoder_decoder, lazy, naive
@@ -22,8 +23,9 @@ from learner.presets import Preset
 from learner.settings import LearnSettings
 from learner.step import Trainer
 from learner.valid_tree import Tree
+from ops.bench_contexts import packed_context
 from ops.errors import UserError
-from streams.events import BEHAVIOUR, LEVELS
+from streams.events import LEVELS
 
 LEAVES: Final = 100_000
 """Leaves of the catalogue that slates are drawn from."""
@@ -172,7 +174,7 @@ class Serving:
         self.model_s = 0.0
         """Time in the model, of all requests."""
         self._setting, self._tree, self._slate, self._rng = setting, tree, slate, generator
-        self._packed = _packed(setting, model.preset, generator)
+        self._packed = packed_context(model.preset.context, setting.codes, generator)
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -223,19 +225,10 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _packed(setting: Setting, preset: Preset, generator: np.random.Generator) -> bytes:
-    """A full context as an exposure logs it."""
-    behaviours_T = np.zeros(preset.context, BEHAVIOUR)
-    behaviours_T["codes"] = generator.integers(setting.codes, size=(preset.context, LEVELS))
-    for name in ("play_ms", "duration_ms", "age_ms"):
-        behaviours_T[name] = generator.integers(1_000, 60_000, size=preset.context)
-    return behaviours_T.tobytes()
-
-
 def _contexts(
     setting: Setting, preset: Preset, requests: int, generator: np.random.Generator
 ) -> Contexts:
-    packed = [_packed(setting, preset, generator) for _ in range(requests)]
+    packed = [packed_context(preset.context, setting.codes, generator) for _ in range(requests)]
     users = [f"user-{row}" for row in range(requests)]
     made = contexts(users, packed, preset.context, setting.user_rows, setting.codes)
     return Contexts(*(part.to(setting.device) for part in made))

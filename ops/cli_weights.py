@@ -1,6 +1,7 @@
 """The commands of `dwell weights`."""
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -75,3 +76,13 @@ def follow(common: Common, arm: Arm, why: Why) -> None:
 
     with visited(common.load_of_run(), typer.echo) as config:
         raise typer.Exit(say(config, "follow", arm, 0, why))
+
+
+@weights.command()
+def key(
+    folder: Annotated[Path, typer.Argument(help="Where the two files go; they are not replaced.")],
+) -> None:
+    """Make a pair of keys: one to sign versions, one to know them by."""
+    from ops.weights import make_keys
+
+    raise typer.Exit(make_keys(folder))

@@ -54,6 +54,7 @@ _AT_MOST = (
     ("actor.slate", "actor.max_slate"),
     ("actor.explore_slots", "actor.slate"),
     ("simulate.slate", "actor.max_slate"),
+    ("policy.context", "streams.history_behaviours"),
 )
 _KUBERNETES = re.compile(
     r"(.+_)?(service_(host|port)(_.+)?|port_\d+_(tcp|udp|sctp)(_(proto|port|addr))?)"

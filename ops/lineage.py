@@ -8,8 +8,8 @@ from typing import Any
 from kafka import TopicPartition
 from rich.console import Console
 
-from learner.checkpoint import load
-from learner.recovery import manifests_after
+from learner.checkpoint import Progress, load
+from learner.presets import split_shape
 from ops.account import committed
 from ops.cluster import Cluster
 from ops.config import Config
@@ -20,6 +20,8 @@ from ops.start import POLICY_FILE, Start, is_published, publish
 from streams.clients import records
 from streams.settings import KafkaSettings
 from streams.topics import EXPOSURES
+from streams.weights import Manifest
+from streams.weights_log import manifests_after
 
 
 def refuse_the_past(kafka: KafkaSettings, first_ms: int) -> None:
@@ -71,16 +73,22 @@ def begin(
         with console.status("publishing the start"):
             publish(start, config.kafka)
     progress = load(start.policy, config.learn, config.learn.lr)[1]
-    shape = {"preset": progress.preset, "codes": progress.codes, "user_rows": progress.user_rows}
+    shape = _shape_of(progress)
     return replace(config, policy=replace(config.policy, **shape)), start.folder
 
 
 def _newest_shape(kafka: KafkaSettings) -> dict[str, Any] | None:
-    """Preset, codes and user rows of the newest published version."""
+    """What is fixed for the lineage, as its newest published version has it."""
     manifests = manifests_after(kafka.bootstrap, 0)
     if not manifests:
         return None
-    return {name: getattr(manifests[-1], name) for name in ("preset", "codes", "user_rows")}
+    return _shape_of(manifests[-1])
+
+
+def _shape_of(of: Manifest | Progress) -> dict[str, Any]:
+    """As settings of `policy`."""
+    preset, context = split_shape(of.preset)
+    return {"preset": preset, "context": context, "codes": of.codes, "user_rows": of.user_rows}
 
 
 def moment(time_ms: int) -> str:

@@ -16,7 +16,7 @@ from streams.clients import consumer
 from streams.control import LEARNING_ARM
 from streams.events import Sample, UnreadableError, decode, sample_decoder
 from streams.settings import KafkaSettings
-from streams.topics import SAMPLES, WEIGHTS_ACKS, WEIGHTS_ANCHORS
+from streams.topics import SAMPLES, WEIGHTS, WEIGHTS_ACKS
 from streams.weights import Ack, Manifest, ack_decoder, weights_decoder
 
 SECONDS_KEPT = 20_000
@@ -187,4 +187,4 @@ class MonitorThread(threading.Thread):
 def monitored(kafka: KafkaSettings) -> list[TopicPartition]:
     """The partitions that a monitor reads."""
     samples = [TopicPartition(SAMPLES, number) for number in range(kafka.partitions)]
-    return [*samples, TopicPartition(WEIGHTS_ANCHORS, 0), TopicPartition(WEIGHTS_ACKS, 0)]
+    return [*samples, TopicPartition(WEIGHTS, 0), TopicPartition(WEIGHTS_ACKS, 0)]

@@ -39,8 +39,8 @@ from ops.results import print_results, write_results
 from ops.scoring import Ranker
 from ops.start import Start, write
 from ops.watched import Watched
+from streams.blocks import digest_of
 from streams.events import Sample, encode
-from streams.weights import digest_of
 
 K: Final = 50
 FADE: Final = 0.02
@@ -144,7 +144,7 @@ def train(
     torch.manual_seed(config.learn.seed)
     rng = np.random.default_rng(config.learn.seed)
     policy, settings = config.policy, config.pretrain
-    model = build(policy.preset, policy.codes, policy.user_rows)
+    model = build(policy.shape, policy.codes, policy.user_rows)
     model.start_from_centroids(list(codebooks.centroids))
     watched = Watched(history, videos, catalogue, before_ms, model.preset.context)
     if not len(watched):
@@ -198,7 +198,7 @@ def _checkpoint(config: Config, model: LazyDecoder, codebooks: Codebooks) -> byt
     standing = Standing(
         version=0,
         lineage=digest_of(state_of(model))[:12],
-        preset=config.policy.preset,
+        preset=config.policy.shape,
         codes=config.policy.codes,
         user_rows=config.policy.user_rows,
     )

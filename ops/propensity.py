@@ -24,7 +24,6 @@ from actor.recommend import NO_EXPLORATION, Prepared, decode
 from actor.sampling import Slates
 from learner.batch import paths
 from learner.catalogue import Catalogue
-from learner.context import contexts
 from learner.masking import masked_log_softmax
 from learner.valid_tree import keys_of
 from streams.events import Exposure, ShownItem, unpack_leaves
@@ -56,12 +55,8 @@ def _differences(
     model = policy.model
     sids_BkL, shown_Bk, mask_BkLK, valid_Bk = paths(exposures, catalogue.valid)
     kv = model.process(
-        contexts(
-            [exposure.user for exposure in exposures],
-            [exposure.context for exposure in exposures],
-            model.preset.context,
-            model.user_rows,
-            model.codes,
+        model.contexts(
+            [exposure.user for exposure in exposures], [exposure.context for exposure in exposures]
         )
     )
     index_BkL = torch.from_numpy(sids_BkL)

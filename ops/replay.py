@@ -27,7 +27,7 @@ from rich.console import Console
 
 from actor.users import Users
 from learner.catalogue import Catalogue
-from learner.presets import PRESETS
+from learner.presets import preset_of
 from ops.account import account
 from ops.applied import Applied
 from ops.cluster import held, open_cluster
@@ -143,7 +143,7 @@ class _Replay:
     ) -> dict[str, Any]:
         """Start the roles, send and score all rows, stop in order; the figures, of what was done if cut short."""
         torch.set_num_threads(1)
-        context = PRESETS[self._config.policy.preset].context
+        context = preset_of(self._config.policy.shape).context
         requests = Requests(rows, chosen, self._users(), self._catalogue, context)
         ranker = Ranker(self._catalogue, board.number)
         whole = False

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from actor.recommend import step_of
 from actor.sampling import beam
 from learner.catalogue import Catalogue
-from learner.context import contexts
 from learner.decoder import LazyDecoder
 from learner.valid_tree import Keys, Tree, keys_of
 from ops.results import Interval
@@ -47,12 +46,7 @@ class Ranker:
         ranked = [np.empty((0, k), np.int64)]
         for low in range(0, len(users), BATCH):
             part = slice(low, low + BATCH)
-            kv = model.process(
-                contexts(
-                    users[part], packed[part], model.preset.context, model.user_rows, model.codes
-                )
-            )
-            step = step_of(model, kv)
+            step = step_of(model, model.looked_up(model.contexts(users[part], packed[part])))
             codes_BW3, logp_BW = beam(step, self.tree, None, k, requests=len(users[part]))
             ranked.append(self._items(codes_BW3, logp_BW, model.codes, k))
         return np.concatenate(ranked)

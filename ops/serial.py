@@ -25,13 +25,14 @@ from ops.served import Served
 from ops.viewer import deliver, watch
 from ops.warmup import WarmStart
 from storage.kv import MemoryKv
+from streams.blocks import digest_of
 from streams.control import CONTROL_ARM, LEARNING_ARM
 from streams.events import Exposure, Feedback, Sample, encode
 from streams.intake import partition_of
 from streams.partition import Output, Partition
 from streams.state import LogRecord, PartitionState
 from streams.topics import SAMPLES
-from streams.weights import Manifest, digest_of
+from streams.weights import Manifest
 
 WINDOW_MS = 100
 TICK_LAG_MS = 500
@@ -141,6 +142,7 @@ class Serial:
         model = build(progress.preset, progress.codes, progress.user_rows)
         load_state(model, state)
         model.eval().requires_grad_(False)
+        model.prepare()
         manifest = Manifest(
             version=self._version,
             lineage=progress.lineage,

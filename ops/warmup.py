@@ -14,12 +14,14 @@ from learner.catalogue import Catalogue
 from learner.checkpoint import Progress, to_bytes
 from learner.context import pack_behaviours, user_row
 from learner.policy import state_of
+from learner.presets import preset_of
 from learner.pretrain import copy_user_rows, pretrain
 from learner.semantic_ids import Codebooks, fit
 from learner.step import Trainer
 from ops.config import Config
 from ops.world import LogVisit, World, all_twins
 from storage.kv import MemoryKv
+from streams.blocks import digest_of
 from streams.control import CONTROL_ARM, DEFAULT_SHARES, LEARNING_ARM, arm_of
 from streams.decision import Decision
 from streams.events import (
@@ -38,12 +40,10 @@ from streams.intake import partition_of
 from streams.join import Joined
 from streams.partition import Partition
 from streams.state import PartitionState
-from streams.weights import digest_of
 
 ARMS = (CONTROL_ARM, LEARNING_ARM)
 LOG_VISITS = 8
 LOG_SPAN_S = 4 * 86_400.0
-LOG_CONTEXT = 32
 
 Tell = Callable[[str, int, int], None]
 """Progress of a phase: what, done, in all."""
@@ -113,7 +113,7 @@ def warm_start(config: Config, now_ms: int, tell: Tell) -> WarmStart:
     progress = Progress(
         version=0,
         lineage=digest_of(state_of(trainer.model))[:12],
-        preset=config.policy.preset,
+        preset=config.policy.shape,
         codes=config.policy.codes,
         user_rows=config.policy.user_rows,
     )
@@ -151,6 +151,7 @@ def _shaped_log(
     states = [PartitionState(MemoryKv()) for _ in range(config.kafka.partitions)]
     partitions = [Partition(config.join, config.shape, config.streams, state) for state in states]
     behaviours: dict[int, list[Behaviour]] = {person: [] for person in log}
+    length = preset_of(config.policy.shape).context
     visits = sorted(
         ((visit.time_ms, person, visit) for person, of in log.items() for visit in of),
         key=lambda entry: entry[:2],
@@ -159,7 +160,7 @@ def _shaped_log(
         context = pack_behaviours(
             (
                 (behaviour, catalogue.items[behaviour.item].sid)
-                for behaviour in behaviours[person][-LOG_CONTEXT:]
+                for behaviour in behaviours[person][-length:]
             ),
             visit.time_ms,
         )

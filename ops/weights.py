@@ -10,9 +10,10 @@ Notable choices
 
 import getpass
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
@@ -20,14 +21,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from learner.recovery import manifests_after, whole_versions
 from ops.config import Config
 from ops.errors import UserError
+from streams.blocks import State
+from streams.chain import Version
 from streams.clients import producer, records
 from streams.control import ControlState
 from streams.events import Command, UnreadableError, command_decoder, decode, encode
+from streams.signing import KeyFileError, Trust, make_pair, trust
 from streams.topics import CONTROL, WEIGHTS_ACKS
-from streams.weights import Ack, Manifest, State, WeightError, ack_decoder, verified_state
+from streams.weights import Ack, Manifest, WeightError, ack_decoder
+from streams.weights_log import manifests_after, version_at, walk
 
 
 @dataclass
@@ -58,14 +62,12 @@ def kept(bootstrap: str) -> Kept:
     return here
 
 
-def fault_of(manifest: Manifest, content: bytes) -> str:
+def fault_of(version: Version | WeightError) -> str:
     """Why a version must not be served: not what its manifest says, or not finite. Empty where it may."""
-    try:
-        state = verified_state(manifest, content)
-    except WeightError as error:
-        return str(error)
-    broken = _not_finite(state)
-    return f"version {manifest.version}: not finite: {', '.join(broken)}" if broken else ""
+    if isinstance(version, WeightError):
+        return str(version)
+    broken = _not_finite(version.state)
+    return f"version {version.number}: not finite: {', '.join(broken)}" if broken else ""
 
 
 def show_all(config: Config, most: int) -> int:
@@ -105,6 +107,8 @@ def show_one(config: Config, version: int) -> int:
         "codebook": manifest.codebook,
         "digest": manifest.digest,
         "bytes": f"{manifest.size_bytes:,} in {manifest.chunks} chunks",
+        "changes": f"version {manifest.base}" if manifest.base else "all: it is in full",
+        "newest in full": str(manifest.anchor),
         "samples until": _time(manifest.watermark_ms) if manifest.watermark_ms else "none",
         "arms": ", ".join(here.arms_of(version)) or "none",
     }
@@ -131,9 +135,9 @@ def verify(config: Config, only: int | None) -> int:
         if only is not None:
             wanted = {only: _one(Kept(wanted), only)}
         faults = {version: f"version {version}: not whole in the log" for version in wanted}
-        for manifest, content in whole_versions(config.kafka.bootstrap):
+        for manifest, version in walk(config.kafka.bootstrap, _trust(config), only or 0):
             if manifest.version in wanted:
-                faults[manifest.version] = fault_of(manifest, content)
+                faults[manifest.version] = fault_of(version)
     wrong = [fault for fault in faults.values() if fault]
     for fault in wrong:
         console.print(fault, markup=False)
@@ -150,9 +154,10 @@ def say(config: Config, action: Literal["pin", "follow"], arm: str, version: int
         )
     if action == "pin":
         _one(here, version)
-        with closing(whole_versions(config.kafka.bootstrap)) as whole:
-            found = next((one for one in whole if one[0].version == version), None)
-        fault = fault_of(*found) if found else f"version {version}: not whole in the log"
+        try:
+            fault = fault_of(version_at(config.kafka.bootstrap, version, _trust(config)))
+        except WeightError as error:
+            fault = str(error)
         if fault:
             raise UserError(f"{fault}; pin another: `dwell weights verify` says which are whole.")
     now_ms = int(time.time() * 1000)
@@ -173,6 +178,27 @@ def say(config: Config, action: Literal["pin", "follow"], arm: str, version: int
     serves = f"version {version}" if action == "pin" else "the newest version"
     Console().print(f"{arm} serves {serves}: {why}", markup=False)
     return 0
+
+
+def make_keys(folder: Path) -> int:
+    """Make a pair of keys; exit status 0. Raises `UserError`."""
+    try:
+        private, public = make_pair(folder)
+    except KeyFileError as error:
+        raise UserError(f"{error}.") from None
+    Console().print(
+        f"the learner signs with learn.signing_key = {str(private)!r}, which nobody else should read; "
+        f"actors take only what it signed with actor.trusted_key = {str(public)!r}",
+        markup=False,
+    )
+    return 0
+
+
+def _trust(config: Config) -> Trust | None:
+    try:
+        return trust(config.actor.trusted_key)
+    except KeyFileError as error:
+        raise UserError(f"actor.trusted_key: {error}.") from None
 
 
 def _one(here: Kept, version: int) -> Manifest:

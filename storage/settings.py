@@ -7,6 +7,7 @@ from msgspec import Meta
 
 # The ranges of settings in all packages stand here, since every other package may import this one.
 Name = Annotated[str, Meta(min_length=1, description="text that is not empty")]
+PathOrNone = Annotated[str, Meta(description="a path, or empty")]
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65_535)]

@@ -4,11 +4,10 @@ A version is whole or absent: readers at read_committed see all of its records o
 of the full state against the manifest. State is compared by name, never by order. Values are safetensors bytes in
 chunks below Kafka's default message limit; nothing is ever unpickled.
 
-At this stage every version is full (an anchor); deltas, block digests and signatures will come as further record
-kinds and manifest fields.
+Every version stands on `weights` as a delta (streams/delta.py): together they are the chain, and hold the journal.
+Some stand on `weights.anchors` too, in full: where a reader begins, or begins again (streams/chain.py).
 """
 
-from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
@@ -17,11 +16,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from streams.blocks import State
 from streams.events import VERSION, UnreadableError, decode, encode
+from streams.signing import Signer, Trust
 
 CHUNK_BYTES: Final = 900_000
-
-State = dict[str, NDArray[Any]]
 
 
 class StepEntry(msgspec.Struct, kw_only=True):
@@ -57,6 +56,13 @@ class Manifest(msgspec.Struct, tag_field="type", tag="manifest", kw_only=True):
     user_rows: int
     schema: list[TensorSchema]
     digest: str
+    """Of the full state, whatever this record carries of it (streams/blocks.py)."""
+    base: int = 0
+    """Version that the content is a delta of; 0: it is the full state, or, without chunks, only its anchor has it."""
+    anchor: int = 0
+    """Newest full version at or before this one."""
+    chain: int = 0
+    """Offset of `weights` after which this version's delta, and all later ones, stand."""
     size_bytes: int
     chunks: int
     journal: list[StepEntry]
@@ -78,6 +84,15 @@ class Commit(msgspec.Struct, tag_field="type", tag="commit", kw_only=True):
 
     v: str = VERSION
     version: int
+    signature: bytes = b""
+    """Ed25519 over the manifest's bytes; empty where the learner has no key."""
+
+
+class Trial(msgspec.Struct, tag_field="type", tag="trial", kw_only=True):
+    """What a learner writes when it starts, to learn at once whether it could publish; nobody reads it."""
+
+    v: str = VERSION
+    data: bytes
 
 
 class Ack(msgspec.Struct, tag_field="type", tag="ack", kw_only=True):
@@ -93,7 +108,7 @@ class Ack(msgspec.Struct, tag_field="type", tag="ack", kw_only=True):
     applied_ms: int
 
 
-WeightRecord = Manifest | Chunk | Commit
+WeightRecord = Manifest | Chunk | Commit | Trial
 
 weights_decoder: Final[msgspec.msgpack.Decoder[WeightRecord]] = msgspec.msgpack.Decoder(
     WeightRecord
@@ -109,16 +124,6 @@ def schema_of(state: State) -> list[TensorSchema]:
     ]
 
 
-def digest_of(state: State) -> str:
-    """BLAKE2b over names, types, shapes and values, in the order of the names."""
-    digest = blake2b(digest_size=16)
-    for name in sorted(state):
-        value = state[name]
-        digest.update(f"{name}:{value.dtype}:{value.shape};".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
-
-
 def record_key(version: int, part: str | int) -> str:
     """Compaction key of one record of a version."""
     return f"{version}/{part}"
@@ -130,18 +135,36 @@ def record_keys(manifest: Manifest) -> list[str]:
     return [record_key(manifest.version, part) for part in parts]
 
 
-def pack(manifest: Manifest, state: State) -> list[tuple[str, bytes]]:
-    """Key and value of each record of a version; sets the manifest's size and number of chunks."""
-    content = save({name: np.asarray(value, order="C") for name, value in state.items()})
-    pieces = [content[at : at + CHUNK_BYTES] for at in range(0, len(content), CHUNK_BYTES)]
-    manifest.size_bytes, manifest.chunks = len(content), len(pieces)
-    version = manifest.version
-    records = [(record_key(version, "manifest"), encode(manifest))]
+def pack(
+    manifest: Manifest, content: dict[str, NDArray[Any]], signer: Signer | None = None
+) -> list[tuple[str, bytes]]:
+    """Key and value of each record of a version that carries `content`, a full state or a delta.
+
+    Sets the manifest's size and number of chunks.
+    """
+    packed = save({name: np.asarray(value, order="C") for name, value in content.items()})
+    pieces = [packed[at : at + CHUNK_BYTES] for at in range(0, len(packed), CHUNK_BYTES)]
+    manifest.size_bytes, manifest.chunks = len(packed), len(pieces)
+    return _records(manifest, pieces, signer)
+
+
+def pack_anchored(manifest: Manifest, signer: Signer | None = None) -> list[tuple[str, bytes]]:
+    """The same on the chain for a version without a delta: its anchor alone has it."""
+    manifest.size_bytes = manifest.chunks = manifest.base = 0
+    return _records(manifest, [], signer)
+
+
+def _records(
+    manifest: Manifest, pieces: list[bytes], signer: Signer | None
+) -> list[tuple[str, bytes]]:
+    version, sealed = manifest.version, encode(manifest)
+    records = [(record_key(version, "manifest"), sealed)]
     records += [
         (record_key(version, index), encode(Chunk(version=version, index=index, data=piece)))
         for index, piece in enumerate(pieces)
     ]
-    records.append((record_key(version, "commit"), encode(Commit(version=version))))
+    commit = Commit(version=version, signature=signer.sign(sealed) if signer else b"")
+    records.append((record_key(version, "commit"), encode(commit)))
     return records
 
 
@@ -152,12 +175,15 @@ class WeightError(ValueError):
 class Assembler:
     """Puts versions together from the records of the topic, in order.
 
-    `take` returns the manifest and the state's bytes at a version's commit, unchecked: `verified_state` checks.
-    A version that cannot be put together is one error; what is left of it is passed over.
+    `take` returns the manifest and the content's bytes at a version's commit; of these only the signature has been
+    checked, where there is a `trust`: streams/chain.py checks the rest. A version that cannot be put together is one
+    error; what is left of it is passed over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trust: Trust | None = None) -> None:
+        self._trust = trust
         self._manifest: Manifest | None = None
+        self._sealed = b""
         self._pieces: list[bytes] = []
 
     def take(self, value: bytes | None) -> tuple[Manifest, bytes] | None:
@@ -173,7 +199,9 @@ class Assembler:
             self._manifest = None
             raise WeightError(str(error)) from None
         if isinstance(record, Manifest):
-            self._manifest, self._pieces = record, []
+            self._manifest, self._sealed, self._pieces = record, value, []
+            return None
+        if isinstance(record, Trial):
             return None
         manifest = self._manifest
         if manifest is None:
@@ -199,17 +227,24 @@ class Assembler:
         if count != manifest.chunks:
             return f"{count} of {manifest.chunks} chunks"
         size = sum(len(piece) for piece in self._pieces)
-        fits = size == manifest.size_bytes
-        return "" if fits else f"{size} bytes, the manifest says {manifest.size_bytes}"
+        if size != manifest.size_bytes:
+            return f"{size} bytes, the manifest says {manifest.size_bytes}"
+        if self._trust is not None and not self._trust.holds(self._sealed, record.signature):
+            return f"{'not' if not record.signature else 'wrongly'} signed"
+        return ""
 
 
-def verified_state(manifest: Manifest, content: bytes) -> State:
-    """The state of a version; raises `WeightError` when it is damaged or not what the manifest says."""
+def unpacked(manifest: Manifest, content: bytes) -> dict[str, NDArray[Any]]:
+    """The tensors of a version's content; raises `WeightError` when it is damaged."""
     try:
-        state: State = load(content)
-        schema = schema_of(state)
+        tensors: dict[str, NDArray[Any]] = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise WeightError(f"version {manifest.version}: unreadable ({error})") from None
+    return tensors
+
+
+def check(manifest: Manifest, schema: list[TensorSchema], digest: str) -> None:
+    """Raise `WeightError` when a full state, of this schema and digest, is not what the manifest says."""
     theirs = {tensor.name: tensor for tensor in manifest.schema}
     ours = {tensor.name: tensor for tensor in schema}
     differing = sorted(
@@ -217,9 +252,7 @@ def verified_state(manifest: Manifest, content: bytes) -> State:
     )
     if differing:
         raise WeightError(f"version {manifest.version}: schema differs at {differing}")
-    digest = digest_of(state)
     if digest != manifest.digest:
         raise WeightError(
             f"version {manifest.version}: digest {digest}, the manifest says {manifest.digest}"
         )
-    return state

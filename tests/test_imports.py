@@ -20,12 +20,14 @@ MAY_IMPORT = {
 POLICY_DEFINITION = {
     "catalogue",
     "context",
+    "context_processor",
     "decoder",
     "masking",
     "policy",
     "presets",
     "semantic_ids",
     "settings",
+    "sorted_keys",
     "valid_ids",
     "valid_tree",
 }

@@ -42,6 +42,7 @@ def served(seed: int) -> ServedPolicy:
         created_ms=0,
     )
     model = random_model(SMALL, CODES, ROWS, seed).eval().requires_grad_(False)
+    model.prepare()
     return ServedPolicy(3, manifest, model)
 
 

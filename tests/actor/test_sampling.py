@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.stats import chisquare
 from torch import Tensor
 
-from actor.sampling import Slates, Step, beam, draw, last_hop, of_whole_level
+from actor.sampling import Slates, beam, draw, last_hop
+from actor.search import Step, of_whole_level
 from learner.masking import masked_log_softmax
 from learner.valid_tree import Children, Keys, Tree, keys_of, sids_of
 

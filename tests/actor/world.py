@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
 from kafka import KafkaProducer
 
@@ -18,8 +19,10 @@ from actor.settings import ActorSettings
 from learner.decoder import LazyDecoder
 from learner.policy import build, load_state, state_of
 from learner.settings import PolicySettings
+from streams.blocks import State, blocked_state, digest_of
 from streams.clients import producer, records
 from streams.control import DEFAULT_SHARES, arm_of
+from streams.delta import changes
 from streams.events import (
     Command,
     Exposure,
@@ -31,15 +34,17 @@ from streams.events import (
     feedback_decoder,
 )
 from streams.settings import KafkaSettings
+from streams.signing import Signer
 from streams.topics import (
     CATALOGUE,
     CONTROL,
     EXPOSURES,
     FEEDBACK,
+    WEIGHTS,
     WEIGHTS_ACKS,
     WEIGHTS_ANCHORS,
 )
-from streams.weights import Ack, Manifest, State, ack_decoder, digest_of, pack, schema_of
+from streams.weights import Ack, Manifest, ack_decoder, pack, schema_of
 from tests.actor.asgi import Answer, call
 from tests.learner.makers import CODEBOOK, random_catalogue, random_model, upsert
 
@@ -61,6 +66,7 @@ class World:
     def __init__(self, kafka: KafkaSettings) -> None:
         self.kafka = kafka
         self.states: dict[int, State] = {}
+        self.signer: Signer | None = None
         self._client: KafkaProducer | None = None
 
     def close(self) -> None:
@@ -110,7 +116,29 @@ class World:
         preset = build("tiny", 2, 1).preset
         state = state_of(random_model(preset, codes, ROWS, seed=100 + version))
         self.states[version] = state
-        manifest = Manifest(
+        manifest = self._manifest(version, codebook, codes)
+        parts = damage(manifest, pack(manifest, state, self.signer))
+        self.write(*((WEIGHTS_ANCHORS, key.encode(), value) for key, value in parts))
+
+    def move_on(self, damage: Damage = lambda _, parts: parts, anchor: bool = False) -> None:
+        """The next version as a delta of the newest one, and in full too where asked for."""
+        base = max(self.states)
+        state = {name: value.copy() for name, value in self.states[base].items()}
+        state["context.users.weight"][base % ROWS] += 0.1
+        state["bos"] += np.float32(0.01 * base)
+        self.states[base + 1] = state
+        content, _ = changes(blocked_state(self.states[base]), state)
+        manifest = self._manifest(base + 1, CODEBOOK, CODES, base)
+        parts = damage(manifest, pack(manifest, content, self.signer))
+        self.write(*((WEIGHTS, key.encode(), value) for key, value in parts))
+        if anchor:
+            whole = self._manifest(base + 1, CODEBOOK, CODES)
+            packed = pack(whole, state, self.signer)
+            self.write(*((WEIGHTS_ANCHORS, key.encode(), value) for key, value in packed))
+
+    def _manifest(self, version: int, codebook: str, codes: int, base: int = 0) -> Manifest:
+        state = self.states[version]
+        return Manifest(
             version=version,
             lineage="l",
             codebook=codebook,
@@ -119,14 +147,13 @@ class World:
             user_rows=ROWS,
             schema=schema_of(state),
             digest=digest_of(state),
+            base=base,
             size_bytes=0,
             chunks=0,
             journal=[],
             watermark_ms=0,
             created_ms=int(time.time() * 1000),
         )
-        parts = damage(manifest, pack(manifest, state))
-        self.write(*((WEIGHTS_ANCHORS, key.encode(), value) for key, value in parts))
 
     def model(self, version: int) -> LazyDecoder:
         """A version's policy, rebuilt."""

@@ -14,10 +14,12 @@ import pytest
 from kafka import KafkaAdminClient, KafkaConsumer
 
 from ops.admin import ensure_topics
-from streams.clients import producer, records
+from streams.blocks import State
+from streams.clients import producer
 from streams.settings import KafkaSettings
-from streams.topics import WEIGHTS_ANCHORS, topics
-from streams.weights import Assembler, Manifest, State, verified_state
+from streams.topics import topics
+from streams.weights import Manifest, WeightError
+from streams.weights_log import walk
 
 if TYPE_CHECKING:
     from kafka import KafkaProducer
@@ -79,10 +81,9 @@ def writing(kafka: KafkaSettings) -> Iterator[KafkaProducer]:
 
 def published(kafka: KafkaSettings) -> list[tuple[Manifest, State]]:
     """The versions in the log, each whole and verified, in order."""
-    assembler = Assembler()
     found = []
-    for record in records(kafka.bootstrap, WEIGHTS_ANCHORS):
-        whole = assembler.take(record.value)
-        if whole is not None:
-            found.append((whole[0], verified_state(*whole)))
+    with closing(walk(kafka.bootstrap)) as versions:
+        for manifest, version in versions:
+            assert not isinstance(version, WeightError), version
+            found.append((manifest, version.state))
     return found

@@ -18,6 +18,7 @@ from learner.semantic_ids import Codebooks, fit
 from learner.settings import LearnSettings, PolicySettings
 from learner.step import Trainer
 from learner.update import train
+from streams.blocks import digest_of
 from streams.clients import records
 from streams.events import (
     Command,
@@ -29,7 +30,7 @@ from streams.events import (
 )
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, CONTROL, DEAD_LETTERS, SAMPLES
-from streams.weights import Manifest, digest_of
+from streams.weights import Manifest
 from tests.learner.cluster import PARTITIONS, published, writing
 from tests.learner.makers import learnable, random_catalogue, upsert
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actor.sampling import draw, of_whole_level
+from actor.sampling import draw
+from actor.search import of_whole_level
 from learner.baselines import Baseline, EncoderDecoder, NaiveDecoder, split
 from learner.batch import assemble
 from learner.context import Contexts
-from learner.decoder import KeyValues, LazyDecoder
+from learner.context_processor import KeyValues
+from learner.decoder import LazyDecoder
 from learner.presets import PRESETS, REPORT_CODES, Preset
 from learner.settings import LearnSettings
 from learner.step import Trainer

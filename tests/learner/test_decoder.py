@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from learner.context import Contexts, contexts
-from learner.decoder import Block, KeyValues, LazyDecoder
+from learner.context_processor import KeyValues
+from learner.decoder import Block, LazyDecoder
 from learner.presets import PRESETS, Preset
 from streams.events import SemanticId
 from tests.learner.makers import SMALL, context_of, random_model
@@ -330,3 +331,41 @@ def test_code_embeddings_start_from_the_centroids() -> None:
         near = (table[0] - table[1]).norm()
         assert near < 0.5
         assert all((table[0] - table[other]).norm() > 2 * near for other in range(2, CODES))
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("separate", [1, 2])
+@pytest.mark.parametrize("short", [0, 2])
+def test_contexts_looked_up_code_by_code_are_those_processed(
+    sets: int, separate: int, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = replace(SMALL, l_kv=sets, s_kv=separate, g_kv=2, short=short)
+    model = random_model(preset, CODES, ROWS, seed=21).eval().requires_grad_(False)
+    of = batch_of([0, 1, 3, 6, 6, 2, 5])
+    want = model.process(of)
+    model.prepare()
+    for piece in (1, 2 * SMALL.context * preset.d_context, 1 << 18):  # requests: one, two, all
+        monkeypatch.setattr("learner.context_processor.PIECE", piece)
+        got = model.looked_up(of)
+        assert torch.equal(got.present_BN, want.present_BN)
+        assert len(got.keys) == len(got.values) == sets
+        for ours, theirs in zip([*got.keys, *got.values], [*want.keys, *want.values], strict=True):
+            assert ours.shape == theirs.shape
+            assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_tables_never_outlive_their_weights() -> None:
+    one, other = (
+        random_model(SMALL, CODES, ROWS, seed).eval().requires_grad_(False) for seed in (22, 23)
+    )
+    of = batch_of([6])
+    one.prepare()
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one.looked_up(of).keys[0], other.process(of).keys[0])
+    one.prepare()
+    assert (one.looked_up(of).keys[0] - other.process(of).keys[0]).abs().max() < 1e-6
+
+
+def test_tables_are_not_made_of_weights_that_learn() -> None:
+    with pytest.raises(ValueError, match="fixed weights"):
+        random_model(SMALL, CODES, ROWS, seed=24).prepare()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from learner.context import Contexts
+from learner.context_processor import ContextProcessor, KeyValues
 from learner.counting import parameters
-from learner.decoder import Block, ContextProcessor, KeyValues, LazyDecoder
+from learner.decoder import Block, LazyDecoder
 from learner.presets import Preset
 from tests.learner.makers import SMALL, random_model
 from tests.learner.test_decoder import batch_of, logits_of, targets

@@ -14,7 +14,7 @@ from learner.policy import load_state, state_of
 from learner.presets import PRESETS
 from learner.settings import LearnSettings
 from learner.step import Trainer
-from streams.weights import digest_of
+from streams.blocks import digest_of
 from tests.learner.makers import SMALL, learnable, random_catalogue, random_model
 from tests.learner.test_decoder import batch_of, targets
 

@@ -13,7 +13,7 @@ from learner.ranks import Ranks, RanksError
 from learner.settings import LearnSettings
 from learner.step import Trainer
 from ops.up import free_port
-from streams.weights import State
+from streams.blocks import State
 from tests.learner.two_ranks import LR, WORLD, batch, policy, steps, terms_of
 
 

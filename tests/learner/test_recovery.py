@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import replace
+from contextlib import closing
 
 import pytest
 from kafka import KafkaAdminClient, TopicPartition
@@ -13,16 +13,17 @@ from kafka import KafkaAdminClient, TopicPartition
 from learner.checkpoint import differing, to_bytes
 from learner.journal import Polled
 from learner.policy import state_of
-from learner.recovery import ADOPTED, manifests_after
+from learner.recovery import ADOPTED
 from learner.run import Learner, LearnerError
 from learner.update import JournalError, train_again
 from learner.versions import CHECKPOINTS
 from storage.checkpoints import Checkpoints
-from streams.topics import SAMPLES
-from streams.weights import Manifest, StepEntry, digest_of
+from streams.blocks import digest_of
+from streams.topics import SAMPLES, WEIGHTS
+from streams.weights import Manifest, StepEntry
+from streams.weights_log import manifests_after
 from tests.learner.cluster import PARTITIONS, published
 from tests.learner.lineage import (
-    STEPWISE,
     Lineage,
     accounted,
     learn,
@@ -107,19 +108,20 @@ def test_where_samples_were_deleted_the_published_weights_are_adopted_and_counte
 
 
 def test_journals_that_have_expired_are_missed_in_one_sentence(lineage: Lineage) -> None:
-    hasty = replace(STEPWISE, weights_horizon_s=0.0)
     lineage.write(lineage.samples(16, seed=4))
-    with lineage.started(hasty) as learner:
+    with lineage.started() as learner:
         last = learn(learner, lineage, 16)[-1]
-    checkpoints = checkpoints_of(lineage)
+    with closing(KafkaAdminClient(bootstrap_servers=lineage.kafka.bootstrap)) as admin:
+        admin.delete_records({TopicPartition(WEIGHTS, 0): last.chain})
     kept = {manifest.version for manifest in manifests_after(lineage.kafka.bootstrap, 0)}
-    assert last.version in kept and len(kept) < last.version
+    assert kept == {1, last.version}
+    checkpoints = checkpoints_of(lineage)
     for version in checkpoints.versions()[1:]:
         checkpoints.path(version).unlink()
     with pytest.raises(
         LearnerError, match=r"journals of \d+ versions after .* have expired"
     ) as caught:
-        lineage.learner(hasty).start(lineage.start)
+        lineage.learner().start(lineage.start)
     one_line(caught.value)
 
 

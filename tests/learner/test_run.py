@@ -14,7 +14,7 @@ import torch
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 
-from learner import publication
+from learner import fenced, publication
 from learner.checkpoint import load, to_bytes
 from learner.policy import state_of
 from learner.publication import PublicationError
@@ -23,6 +23,7 @@ from learner.semantic_ids import fit
 from learner.update import train
 from ops.broker import EmbeddedBroker
 from storage.checkpoints import Checkpoints
+from streams.blocks import digest_of
 from streams.clients import records
 from streams.events import (
     SampleItem,
@@ -31,6 +32,7 @@ from streams.events import (
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, CONTROL, SAMPLES, WEIGHTS_ANCHORS
 from streams.weights import record_keys
+from streams.weights_log import anchors
 from tests.learner.cluster import published, refused, writing
 from tests.learner.lineage import (
     CODES,
@@ -245,19 +247,19 @@ def test_an_entry_of_another_codebook_is_passed_over(lineage: Lineage) -> None:
 
 
 def test_expired_versions_are_deleted_but_never_one_that_an_arm_names(lineage: Lineage) -> None:
-    settings = replace(STEPWISE, weights_horizon_s=0.0)
+    settings = replace(STEPWISE, weights_horizon_s=0.0, anchor_every_s=0.0)
     lineage.command(pin("control", 1), pin("learning", 3), pin("learning", 2))
     with lineage.started(settings) as learner:
         for number in range(1, 5):
             lineage.write(lineage.samples(4, seed=number))
             learn(learner, lineage, 4 * number)
-    assert kept(lineage.kafka) == {1, 2, 5}
+    assert kept(lineage.kafka) == {1, 2, 4, 5}  # 4 leads to what was newest a moment ago
 
 
 def kept(kafka: KafkaSettings) -> set[int]:
-    """Versions of which compaction would leave something; none may be there in part."""
+    """Full versions of which compaction would leave something; none may be there in part."""
     values: dict[str, bytes | None] = {}
-    manifests = {manifest.version: manifest for manifest, _ in published(kafka)}
+    manifests = anchors(kafka.bootstrap).manifests
     for record in records(kafka.bootstrap, WEIGHTS_ANCHORS):
         values[record.key.decode()] = record.value
     there = {key for key, value in values.items() if value is not None}
@@ -280,15 +282,43 @@ def test_what_an_arm_names_is_known_before_anything_expires(lineage: Lineage) ->
 def test_versions_that_expired_while_no_learner_ran_are_deleted_by_the_next(
     lineage: Lineage,
 ) -> None:
-    with lineage.started() as learner:
+    settings = replace(STEPWISE, anchor_every_s=0.0)
+    with lineage.started(settings) as learner:
         for number in (1, 2):
             lineage.write(lineage.samples(4, seed=number))
             learn(learner, lineage, 4 * number)
     assert kept(lineage.kafka) == {1, 2, 3}
     lineage.write(lineage.samples(4, seed=3))
-    with lineage.started(replace(STEPWISE, weights_horizon_s=0.0)) as learner:
+    with lineage.started(replace(settings, weights_horizon_s=0.0)) as learner:
         learn(learner, lineage, 12)
-    assert kept(lineage.kafka) == {4}
+    assert kept(lineage.kafka) == {3, 4}
+
+
+def test_a_version_that_an_arm_names_comes_to_stand_in_full(lineage: Lineage) -> None:
+    """The chain expires by time; what is served must not."""
+    lineage.write(lineage.samples(8, seed=1))
+    with lineage.started() as learner:
+        learn(learner, lineage, 8)
+        assert kept(lineage.kafka) == {1}
+        lineage.command(pin("control", 2))
+        lineage.write(lineage.samples(4, seed=2))
+        last = learn(learner, lineage, 12)[-1]
+    assert kept(lineage.kafka) == {1, 2}
+    states = {manifest.version: state for manifest, state in published(lineage.kafka)}
+    place = anchors(lineage.kafka.bootstrap).manifests[2]
+    assert digest_of(states[2]) == place.digest
+    assert (place.base, place.anchor, last.anchor) == (0, 2, 1)
+
+
+def test_a_restarted_learner_goes_on_with_deltas(lineage: Lineage) -> None:
+    lineage.write(lineage.samples(8, seed=1))
+    with lineage.started() as learner:
+        learn(learner, lineage, 8)
+    lineage.write(lineage.samples(4, seed=2))
+    with lineage.started() as learner:
+        last = learn(learner, lineage, 12)[-1]
+    assert (last.base, last.anchor) == (last.version - 1, 1)
+    assert last.size_bytes < anchors(lineage.kafka.bootstrap).manifests[1].size_bytes
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -484,7 +514,7 @@ def test_a_commit_whose_answer_was_lost_is_not_repeated(
 def test_a_broker_that_does_not_answer_ends_the_learner_in_one_sentence(
     lineage: Lineage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publication, "OPEN_S", 1)
+    monkeypatch.setattr(fenced, "OPEN_S", 1)
     nowhere = replace(lineage, kafka=replace(lineage.kafka, bootstrap="127.0.0.1:9"))
     with pytest.raises(PublicationError, match=r"Kafka at 127\.0\.0\.1:9") as caught:
         nowhere.learner().start(lineage.start)

@@ -9,11 +9,12 @@ import pytest
 from ops.config import Config
 from ops.errors import UserError
 from ops.weights import kept, say, show_all, show_one, verify
+from streams.blocks import digest_of
 from streams.clients import records
 from streams.events import command_decoder, decode, encode
 from streams.settings import KafkaSettings
 from streams.topics import CONTROL, WEIGHTS_ACKS
-from streams.weights import Ack, Chunk, Manifest, digest_of, pack
+from streams.weights import Ack, Chunk, Manifest, pack
 from tests.actor.world import World
 
 Parts = list[tuple[str, bytes]]

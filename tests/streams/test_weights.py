@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streams.blocks import State, digest_of
+from streams.chain import anchored
 from streams.clients import producer, records
 from streams.events import encode
 from streams.settings import KafkaSettings
@@ -18,17 +20,18 @@ from streams.weights import (
     Chunk,
     Commit,
     Manifest,
-    State,
     StepEntry,
     WeightError,
-    digest_of,
     pack,
     record_keys,
     schema_of,
-    verified_state,
 )
 
 Whole = tuple[Manifest, bytes]
+
+
+def verified_state(manifest: Manifest, content: bytes) -> State:
+    return anchored(manifest, content).state
 
 
 def state_of(seed: int, rows: int = 3) -> State:
