@@ -3,8 +3,8 @@
 Notable choices
 - Bodies are read by msgspec: a wrong one is 422 with the path of the field. The OpenAPI document carries the
   schemas of the same structs.
-- An exposure or a feedback is durable (acknowledged by Kafka) before its answer. While the broker is away the
-  answer is 503: nothing was acknowledged, and the same feedback may be sent again (its event ids make it one).
+- An exposure or a feedback is durable (acknowledged by Kafka, or in the spool) before its answer. Where it cannot be
+  the answer is 503: nothing was acknowledged, and the same feedback may be sent again (its event ids make it one).
 - Feedback is stamped with the time of receipt; the client's clock is kept beside it.
 """
 
@@ -21,7 +21,10 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 from starlette.requests import ClientDisconnect
 
+from actor.outgoing import SpoolFullError
+from actor.producing import RefusedError
 from actor.service import BusyError, NotReadyError, Service
+from storage.kv import StoreError
 from streams.events import FeedbackKind
 
 log = logging.getLogger("dwell.actor")
@@ -205,6 +208,9 @@ async def _answered(route: str, answer: Callable[[], Awaitable[bytes]]) -> Respo
     except BusyError as error:
         response = _json(429, {"detail": str(error)})
         response.headers["Retry-After"] = "1"
+    except (SpoolFullError, StoreError, RefusedError) as error:
+        response = _json(503, {"detail": str(error)})
+        response.headers["Retry-After"] = "5"
     except (TimeoutError, KafkaError):
         response = _json(503, {"detail": "Kafka does not answer: not acknowledged, try again"})
         response.headers["Retry-After"] = "1"
@@ -235,7 +241,9 @@ def _documented(body: type, answer: type) -> dict[str, Any]:
             200: {"description": "Done", "content": content(answer)},
             422: {"description": "The body is wrong; the field is named"},
             429: {"description": "Too many requests wait: come again"},
-            503: {"description": "Not ready, or Kafka does not answer: not acknowledged"},
+            503: {
+                "description": "Not ready, or Kafka is away and the spool full: not acknowledged"
+            },
         },
     }
 

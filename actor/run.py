@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+from pathlib import Path
 
 import uvicorn
 
@@ -20,8 +21,10 @@ class ActorError(RuntimeError):
 PortError = ActorError
 
 
-def run(kafka: KafkaSettings, policy: PolicySettings, settings: ActorSettings) -> None:
-    """Serve until SIGTERM or SIGINT.
+def run(
+    kafka: KafkaSettings, policy: PolicySettings, settings: ActorSettings, data_dir: Path
+) -> None:
+    """Serve until SIGTERM or SIGINT; the actor's own state lies below `data_dir`.
 
     Raises `ActorError` when the port is taken, Kafka does not answer at the start, or serving cannot go on.
     """
@@ -37,7 +40,7 @@ def run(kafka: KafkaSettings, policy: PolicySettings, settings: ActorSettings) -
             ) from None
         name = f"{settings.host}:{listener.getsockname()[1]}"
         try:
-            asyncio.run(_serve(listener, Service(name, kafka, policy, settings)))
+            asyncio.run(_serve(listener, Service(name, kafka, policy, settings, data_dir)))
         except ServiceError as error:
             raise ActorError(str(error)) from None
 

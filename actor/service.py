@@ -1,8 +1,8 @@
 """What the routes do: prepare, draw, publish; and feedback from receipt to log.
 
-One event loop owns all state; only the decode runs in a thread, on what was prepared here. What runs beside the
-requests is watched: when it ends, or Kafka will not take another record, the service has a `fault`, is not ready,
-and whoever opened it should end the process.
+One event loop owns all state; only the decode runs in a thread, on what was prepared here, and the spool's disk in
+another. What runs beside the requests is watched: when it ends, or Kafka will not take a record however often it is
+sent, the service has a `fault`, is not ready, and whoever opened it should end the process.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -21,8 +22,10 @@ from prometheus_client import Counter
 
 from actor.batching import Batcher
 from actor.explore import Exploration
+from actor.outgoing import Outgoing
 from actor.policy import Arms, ServedPolicy
 from actor.presence import Presence
+from actor.producing import Producing, RefusedError, reason
 from actor.recommend import SEEDS, Prepared, decode, expose, fall_back, prepare
 from actor.sampling import Slates
 from actor.settings import ActorSettings
@@ -30,10 +33,11 @@ from actor.subscription import Subscription
 from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.settings import PolicySettings
+from storage.kv import StoreError
+from storage.spool import Spool, spool_folder
 from streams.aioclients import leave_producer
 from streams.control import arm_of
 from streams.events import Exposure, Feedback, FeedbackKind, encode
-from streams.intake import partition_of
 from streams.settings import KafkaSettings
 from streams.signing import KeyFileError, trust
 from streams.topics import EXPOSURES, FEEDBACK
@@ -45,8 +49,6 @@ FALLBACKS = Counter(
     "dwell_actor_fallbacks_total", "Slates served without the policy, for want of time"
 )
 EVENTS = Counter("dwell_actor_feedback_total", "Feedback events taken", ["kind"])
-
-KAFKA_PATIENCE_S = 3.0
 
 
 class ServiceError(RuntimeError):
@@ -79,11 +81,17 @@ class Service:
     """One actor."""
 
     def __init__(
-        self, name: str, kafka: KafkaSettings, policy: PolicySettings, settings: ActorSettings
+        self,
+        name: str,
+        kafka: KafkaSettings,
+        policy: PolicySettings,
+        settings: ActorSettings,
+        data_dir: Path,
     ) -> None:
         self.name = name
         self.settings = settings
         self._kafka = kafka
+        self._data_dir = data_dir
         self._arms = Arms()
         self._catalogue = Catalogue(policy.codes)
         self._presence = Presence(name, kafka, self._catalogue, settings.max_catalogue_age_s)
@@ -104,15 +112,16 @@ class Service:
     async def open(self) -> AsyncIterator["Service"]:
         """Connect, catch up, and follow the logs while open; raises `ServiceError` when Kafka does not let it."""
         async with AsyncExitStack() as stack:
+            spool = self._spool()
+            stack.callback(spool.close)
+            producing = Producing(self._producer, self._kafka.partitions)
+            self._outgoing = Outgoing(producing, spool, self.settings.kafka_patience_s)
             try:
-                self._producer = AIOKafkaProducer(
-                    bootstrap_servers=self._kafka.bootstrap,
-                    acks="all",
-                    enable_idempotence=True,
-                    linger_ms=2,
-                )
-                stack.push_async_callback(leave_producer, self._producer)
-                await self._producer.start()
+                await self._outgoing.open()
+                stack.push_async_callback(self._outgoing.close)
+                acks = AIOKafkaProducer(bootstrap_servers=self._kafka.bootstrap)
+                stack.push_async_callback(leave_producer, acks)
+                await acks.start()
                 subscription = Subscription(
                     self.name,
                     self._kafka,
@@ -124,12 +133,14 @@ class Service:
                 stack.push_async_callback(subscription.stop)
                 stack.push_async_callback(self._presence.leave)
                 await self._presence.start(subscription.catalogue_complete_ms, self._fail)
-                await subscription.start(self._producer)
+                await subscription.start(acks)
             except KafkaError as error:
-                raise ServiceError(f"Kafka at {self._kafka.bootstrap}: {_why(error)}") from None
+                raise ServiceError(f"Kafka at {self._kafka.bootstrap}: {reason(error)}") from None
             tasks = [
                 asyncio.create_task(self._watched("reading Kafka", subscription.run)),
                 asyncio.create_task(self._watched("decoding", self._batcher.run)),
+                asyncio.create_task(self._watched("writing the spool", self._outgoing.keep)),
+                asyncio.create_task(self._watched("draining the spool", self._outgoing.drain)),
             ]
             try:
                 yield self
@@ -138,14 +149,31 @@ class Service:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _spool(self) -> Spool:
+        folder = spool_folder(self._data_dir, self.settings.member)
+        try:
+            return Spool(folder, self.settings.spool_mb << 20, self.settings.spool_fsync)
+        except StoreError as error:
+            raise ServiceError(
+                f"{error}; actors that share a data directory need names of their own (actor.member)"
+            ) from None
+
+    def _producer(self) -> AIOKafkaProducer:
+        return AIOKafkaProducer(
+            bootstrap_servers=self._kafka.bootstrap,
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=2,
+        )
+
     async def _watched(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Work that must not end while the service is open."""
         try:
             await work()
         except Exception as error:
-            if not isinstance(error, KafkaError):
+            if not isinstance(error, KafkaError | RefusedError | StoreError):
                 log.exception("%s ended", what)
-            self._fail(f"{what} ended: {_why(error)}")
+            self._fail(f"{what} ended: {reason(error)}")
         else:
             self._fail(f"{what} ended")
 
@@ -154,6 +182,11 @@ class Service:
             log.critical("%s", fault)
             self.fault = fault
             self.failed.set()
+
+    @property
+    def spooled(self) -> int:
+        """Events that wait on the disk for Kafka."""
+        return self._outgoing.waiting
 
     def missing(self) -> list[str]:
         """What keeps this actor from being ready."""
@@ -172,9 +205,9 @@ class Service:
         }
 
     async def recommend(self, user: str, count: int) -> Exposure:
-        """Serve a slate; it is on the log when this returns.
+        """Serve a slate; its exposure is durable when this returns, on the log or in the spool.
 
-        Raises `NotReadyError`, `BusyError`, `KafkaError` or `TimeoutError`, and nothing was shown.
+        Raises `NotReadyError`, `BusyError`, or as `Outgoing.send` does, and nothing was shown.
         """
         if stale := self._presence.stale():
             raise NotReadyError(stale)
@@ -230,7 +263,7 @@ class Service:
         )
 
     async def feedback(self, events: Sequence[FeedbackLike], received_ms: int) -> int:
-        """Take feedback; it is on the log when this returns. Raises as `recommend`."""
+        """Take feedback; it is durable when this returns. Raises as `Outgoing.send` does."""
         taken = [
             Feedback(
                 event=event.event,
@@ -254,28 +287,13 @@ class Service:
         return len(taken)
 
     async def _send(self, topic: str, records: list[tuple[str, bytes]]) -> None:
-        """Append to a topic and wait until Kafka has it."""
-        async with asyncio.timeout(KAFKA_PATIENCE_S):
-            sent = [
-                await self._producer.send(
-                    topic,
-                    value,
-                    user.encode(),
-                    partition=partition_of(user, self._kafka.partitions),
-                )
-                for user, value in records
-            ]
-            try:
-                await asyncio.gather(*sent)
-            except KafkaError as error:
-                if not error.retriable:  # the records after it would be out of sequence, for ever
-                    self._fail(f"Kafka refused a record of {topic}: {_why(error)}")
-                raise
+        """Make records durable."""
+        try:
+            await self._outgoing.send(topic, records)
+        except RefusedError as error:
+            self._fail(str(error))
+            raise
 
     def _decode(self, policy: ServedPolicy, batch: list[Prepared]) -> Slates:
         seed = int(self._rng.integers(SEEDS))
         return decode(policy, batch, self.settings.temperature, seed)
-
-
-def _why(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

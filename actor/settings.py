@@ -1,6 +1,9 @@
 """What an operator may set about serving."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
 
 from storage.settings import Count, Name, PathOrNone, Port, Positive, Share, Whole
 
@@ -37,3 +40,13 @@ class ActorSettings:
     """Public key of the learner; versions that it did not sign are refused. Empty: no signature is asked for."""
     max_batch: Count = 64
     """Most requests decoded together."""
+    kafka_patience_s: Positive = 1.0
+    """Events not acknowledged by Kafka for this long go to the spool, and all later ones until it is back."""
+    spool_mb: Count = 512
+    """Bound of the spool, MiB; when it is full, requests are refused (503)."""
+    spool_fsync: bool = False
+    """Force the spool to the disk before answering: it then survives the machine, not the process alone."""
+    member: Annotated[
+        str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$", description="letters, digits, . _ -")
+    ] = "actor"
+    """Name of this actor among those that share the data directory: the spool is its own."""

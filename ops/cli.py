@@ -99,13 +99,19 @@ def actor(
     common: Common,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    member: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name among the actors that share the data directory."),
+    ] = None,
 ) -> None:
     """Serve slates over HTTP, and publish exposures and feedback."""
-    config = common.load_with_kafka({"actor.host": host, "actor.port": port})
+    config = common.load_with_kafka(
+        {"actor.host": host, "actor.port": port, "actor.member": member}
+    )
     from actor.run import PortError, run
 
     try:
-        run(config.kafka, config.policy, config.actor)
+        run(config.kafka, config.policy, config.actor, Path(config.storage.data_dir))
     except PortError as error:
         raise UserError(f"{error}.") from None
 

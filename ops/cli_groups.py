@@ -84,6 +84,23 @@ def kills(
 
 
 @partial(command, group=bench)
+def outage(
+    common: Common,
+    for_s: Annotated[
+        float, typer.Option("--for-s", min=1, help="Seconds that the broker is away.")
+    ] = 60.0,
+    json: JsonFile = None,
+) -> None:
+    """Kill the broker under the demonstration's load, bring it back later; then audit what came of it."""
+    config = common.load()
+    require_writable(json)
+    from ops.bench_outage import run
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    raise typer.Exit(run(config, for_s, json))
+
+
+@partial(command, group=bench)
 def join(
     common: Common,
     requests: Annotated[int, typer.Option(min=100, help="Requests of the throughput.")] = 20_000,

@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict, WriteBatch
+from rocksdict import (
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    Options,
+    Rdict,
+    WriteBatch,
+    WriteOptions,
+)
 
 _MIB = 1 << 20
 _CACHE = Cache(8 * _MIB)
@@ -37,8 +45,8 @@ class Kv(Protocol):
 class RocksKv:
     """A `Kv` in a folder; one process at a time (rocksdb's own lock refuses a second).
 
-    Raises `StoreError` when the folder cannot be used. A batch survives the death of the process, not that of
-    the machine: who needs more reads back what was lost from elsewhere, as the streams do.
+    Raises `StoreError` when the folder cannot be used. A batch survives the death of the process, and that of the
+    machine where it is written with `sync`; the streams do without, for they read back what was lost from the log.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,8 +72,10 @@ class RocksKv:
         value: bytes | None = self._db.get(key)
         return value
 
-    def write(self, batch: Mapping[bytes, bytes | None]) -> None:
-        """Put all pairs, delete the keys whose value is None."""
+    def write(self, batch: Mapping[bytes, bytes | None], sync: bool = False) -> None:
+        """Put all pairs, delete the keys whose value is None; with `sync` they are on the disk when it returns."""
+        options = WriteOptions()
+        options.sync = sync
         writes = WriteBatch(raw_mode=True)
         for key, value in batch.items():
             if value is None:
@@ -73,7 +83,7 @@ class RocksKv:
             else:
                 writes.put(key, value)
         try:
-            self._db.write(writes)
+            self._db.write(writes, options)
         except Exception as error:
             raise StoreError(f"the store {self._path} cannot be written: {error}") from None
 
@@ -84,6 +94,10 @@ class RocksKv:
             if not key.startswith(prefix):
                 return
             yield key, value
+
+    def compact(self) -> None:
+        """Give back the space of what was deleted."""
+        self._db.compact_range(None, None)
 
     def close(self) -> None:
         """Release the store."""

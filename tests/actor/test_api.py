@@ -8,8 +8,11 @@ from aiokafka.errors import KafkaConnectionError
 from fastapi import FastAPI
 
 from actor.api import application
+from actor.outgoing import SpoolFullError
+from actor.producing import RefusedError
 from actor.service import BusyError, FeedbackLike, NotReadyError, Service
 from actor.settings import ActorSettings
+from storage.kv import StoreError
 from streams.events import Exposure, ShownItem
 from tests.actor.asgi import call
 
@@ -221,6 +224,23 @@ async def test_what_cannot_be_done_now_is_503_with_a_reason(
     assert answer.status == 503
     assert says in answer.json["detail"]
     assert answer.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SpoolFullError("Kafka is away and the spool is full"),
+        StoreError("the store cannot be written: No space left on device"),
+        RefusedError("Kafka refused a record of feedback"),
+    ],
+)
+async def test_what_cannot_be_made_durable_is_503_with_its_sentence(
+    app: FastAPI, stand: Stand, error: Exception
+) -> None:
+    stand.raises = error
+    answer = await call(app, "POST", "/feedback", {"events": [event()]})
+    assert (answer.status, answer.json["detail"]) == (503, str(error))
+    assert answer.headers["retry-after"] == "5"
 
 
 async def test_too_many_at_once_is_429_with_a_time_to_come_again(

@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from tests.actor.world import CODES, POLICY, ROWS, World, until, user_of
 
 PROCESS = """
 import asyncio, sys
+from pathlib import Path
 from actor.run import ActorError, run
 from actor.settings import ActorSettings
 from actor.subscription import Subscription
@@ -29,13 +32,13 @@ async def broken(self):
     await asyncio.sleep(0.3)
     raise RuntimeError("a defect")
 
-bootstrap, port, partitions, codes, rows, breaks = sys.argv[1:]
+bootstrap, port, partitions, codes, rows, breaks, data_dir = sys.argv[1:]
 if breaks == "breaks":
     Subscription.run = broken
 kafka = KafkaSettings(bootstrap=bootstrap, partitions=int(partitions))
 policy = PolicySettings(codes=int(codes), user_rows=int(rows))
 try:
-    run(kafka, policy, ActorSettings(port=int(port)))
+    run(kafka, policy, ActorSettings(port=int(port)), Path(data_dir))
 except ActorError as error:
     sys.exit(f"said: {error}")
 """
@@ -51,14 +54,17 @@ def free_port() -> int:
 def process(world: World, port: int, breaks: bool = False) -> Iterator[subprocess.Popen[str]]:
     arguments = [world.kafka.bootstrap, port, world.kafka.partitions, CODES, ROWS]
     arguments.append("breaks" if breaks else "")
-    running = subprocess.Popen(
-        [sys.executable, "-c", PROCESS, *map(str, arguments)], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield running
-    finally:
-        running.kill()
-        running.communicate()
+    with tempfile.TemporaryDirectory() as data_dir:
+        running = subprocess.Popen(
+            [sys.executable, "-c", PROCESS, *map(str, arguments), data_dir],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield running
+        finally:
+            running.kill()
+            running.communicate()
 
 
 def asked(port: int, path: str, body: object = None) -> int:
@@ -100,10 +106,10 @@ async def test_a_process_whose_reader_has_ended_ends_with_a_sentence(world: Worl
     assert said.splitlines()[-1] == "said: reading Kafka ended: a defect"
 
 
-def test_a_port_in_use_is_one_sentence(world: World) -> None:
+def test_a_port_in_use_is_one_sentence(world: World, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ActorError, match=rf"127\.0\.0\.1:{port} .* set actor\.port"):
-            run(world.kafka, POLICY, ActorSettings(port=port))
+            run(world.kafka, POLICY, ActorSettings(port=port), tmp_path)

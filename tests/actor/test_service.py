@@ -4,8 +4,10 @@ import asyncio
 import math
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -439,59 +441,82 @@ async def test_a_history_from_the_log_is_in_the_context(world: World) -> None:
 
 
 @refused
-async def test_while_the_broker_is_away_nothing_is_acknowledged_and_then_it_goes_on(
-    world: World, own_broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+async def test_while_the_broker_is_away_requests_are_served_and_once_it_is_back_all_are_on_the_log(
+    world: World, own_broker: EmbeddedBroker
 ) -> None:
-    monkeypatch.setattr("actor.service.KAFKA_PATIENCE_S", 0.5)
     world.fill_catalogue()
     world.publish(1)
-    async with acting(world) as actor:
+    async with acting(world, kafka_patience_s=0.5) as actor:
         good = (await actor.recommend(LEARNING)).json
         world.close()
         await asyncio.to_thread(own_broker.stop)
-        for _ in range(2):
-            for answer in (
-                await actor.recommend(LEARNING),
-                await actor.feed(played(good["request"], 0, event="lost")),
-            ):
-                assert answer.status == 503
-                assert "not acknowledged" in answer.json["detail"]
-                assert answer.headers["retry-after"] == "1"
+        served, took = [good["request"]], []
+        for number in range(5):
+            began = time.monotonic()
+            answer = await actor.recommend(LEARNING)
+            fed = await actor.feed(played(good["request"], 0, event=f"e{number}"))
+            took.append(time.monotonic() - began)
+            assert (answer.status, fed.status) == (200, 200)
+            served.append(answer.json["request"])
+        assert max(took[1:]) < 0.4, "only the first one waits to see that Kafka is away"
         assert (await call(actor.app, "GET", "/health")).status == 200
+        assert await actor.ready() == []
         own_broker.start()
-        await until(lambda: answers(actor))
+        await until(lambda: actor.service.spooled == 0)
         assert (await actor.feed(played(good["request"], 1, event="kept"))).status == 200
-        assert "kept" in {event.event for event in await asyncio.to_thread(world.feedback)}
+        exposures = await asyncio.to_thread(world.exposures)
+        assert once(exposure.request for exposure in exposures) == served
+        feedback = await asyncio.to_thread(world.feedback)
+        assert once(one.event for one in feedback) == [*(f"e{n}" for n in range(5)), "kept"]
         await asyncio.to_thread(world.publish, 2)
         await until(lambda: serves(actor, 2))
         assert await actor.ready() == []
         assert not actor.service.fault
 
 
-async def answers(actor: Actor) -> bool:
-    return (await actor.recommend(LEARNING)).status == 200
+def once(ids: Iterable[str]) -> list[str]:
+    """In the order of their first copies."""
+    return list(dict.fromkeys(ids))
 
 
 @refused
 async def test_an_actor_can_leave_while_the_broker_is_away(
-    world: World, own_broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+    world: World, own_broker: EmbeddedBroker, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("actor.service.KAFKA_PATIENCE_S", 0.3)
     world.fill_catalogue()
     world.publish(1)
-    async with acting(world) as actor:
+    async with acting(world, tmp_path, kafka_patience_s=0.3) as actor:
         world.close()
         await asyncio.to_thread(own_broker.stop)
-        assert (await actor.recommend(LEARNING)).status == 503
+        answer = await actor.recommend(LEARNING)
+        assert answer.status == 200
         left = time.monotonic()
     took = time.monotonic() - left
     own_broker.start()
     assert took < 10
+    assert world.exposures() == []
+    async with acting(world, tmp_path) as actor:
+        await until(lambda: actor.service.spooled == 0)
+    assert [exposure.request for exposure in world.exposures()] == [answer.json["request"]]
 
 
-async def test_kafka_that_does_not_answer_at_the_start_is_one_sentence(world: World) -> None:
+async def test_two_actors_do_not_share_a_spool(world: World, tmp_path: Path) -> None:
+    world.fill_catalogue()
+    world.publish(1)
+    async with acting(world, tmp_path) as actor:
+        with pytest.raises(ServiceError, match=r"another process uses it.*actor\.member"):
+            async with acting(world, tmp_path):
+                pass
+        async with acting(world, tmp_path, member="second") as second:
+            for one in (actor, second):
+                assert (await one.recommend(LEARNING)).status == 200
+
+
+async def test_kafka_that_does_not_answer_at_the_start_is_one_sentence(
+    world: World, tmp_path: Path
+) -> None:
     nowhere = replace(world.kafka, bootstrap="127.0.0.1:9")
-    service = Service("actor:1", nowhere, POLICY, ActorSettings())
+    service = Service("actor:1", nowhere, POLICY, ActorSettings(), tmp_path)
     with pytest.raises(ServiceError, match=r"Kafka at 127\.0\.0\.1:9: ") as caught:
         async with service.open():
             pass

@@ -1,10 +1,12 @@
 """The rest of the loop as an actor sees it: what stands on Kafka, and an actor on it."""
 
 import asyncio
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -224,12 +226,15 @@ class Actor:
 
 
 @asynccontextmanager
-async def acting(world: World, **settings: Any) -> AsyncIterator[Actor]:
+async def acting(
+    world: World, data_dir: Path | None = None, **settings: Any
+) -> AsyncIterator[Actor]:
     """An actor on the world's cluster, while inside; patient, for a busy machine must not change its answers."""
-    actor = ActorSettings(**({"patience_s": 60.0} | settings))
-    service = Service("actor:1", world.kafka, POLICY, actor)
-    async with service.open():
-        yield Actor(service, application(service))
+    actor = ActorSettings(**({"patience_s": 60.0, "kafka_patience_s": 60.0} | settings))
+    with tempfile.TemporaryDirectory() as own:
+        service = Service("actor:1", world.kafka, POLICY, actor, data_dir or Path(own))
+        async with service.open():
+            yield Actor(service, application(service))
 
 
 async def until(true: Callable[[], Any], patience_s: float = 30.0) -> None:

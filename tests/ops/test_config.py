@@ -54,7 +54,7 @@ def changed(value: Any) -> Any:
             return "ecpo"
         case "auto":
             return "cpu"
-        case "streams":
+        case "streams" | "actor":
             return "another-1"
         case _:
             return f'{value} "x" \\ é'
