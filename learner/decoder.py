@@ -29,7 +29,7 @@ from learner.context_processor import CodeTables, ContextProcessor, KeyValues
 from learner.experts import ExpertLayer
 from learner.layers import CrossAttention, SelfAttention, SwiGLU, TargetSide
 from learner.presets import Preset
-from streams.events import LEVELS
+from streams.events import BEHAVIOUR, LEVELS
 
 
 class LazyBlock(SelfAttention, CrossAttention):
@@ -75,8 +75,13 @@ class LazyDecoder(TargetSide):
         return processed
 
     def contexts(self, users: list[str], packed: list[bytes]) -> Contexts:
-        """Contexts as exposures log them; raises `ValueError` on a code outside the codebook."""
-        return contexts(users, packed, self.preset.context, self.user_rows, self.codes)
+        """Contexts as exposures log them, as long as the longest; raises `ValueError` on a code outside the codebook.
+
+        So a long context costs those who have it, and those who are decoded with them.
+        """
+        longest = max(map(len, packed), default=0) // BEHAVIOUR.itemsize
+        length = max(1, min(longest, self.preset.context))
+        return contexts(users, packed, length, self.user_rows, self.codes)
 
     def prepare(self) -> None:
         """Make the tables that `looked_up` reads; weights must not change afterwards. Raises `ValueError` where

@@ -114,7 +114,9 @@ class Lineage:
             found = {}
             for name, sets in settings.items():
                 port = free_port()
-                roles.append(self._role("actor", name, f"actor.port={port}", *sets))
+                roles.append(
+                    self._role("actor", name, f"actor.port={port}", f"actor.member={name}", *sets)
+                )
                 found[name] = f"http://{self.config.actor.host}:{port}"
             for url in found.values():
                 _await_ready(url, roles)

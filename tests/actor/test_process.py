@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from actor.run import ActorError, run
+from actor.run import ActorError, listening_socket, run
 from actor.settings import ActorSettings
 from tests.actor.world import CODES, POLICY, ROWS, World, until, user_of
 
@@ -113,3 +113,21 @@ def test_a_port_in_use_is_one_sentence(world: World, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ActorError, match=rf"127\.0\.0\.1:{port} .* set actor\.port"):
             run(world.kafka, POLICY, ActorSettings(port=port), tmp_path)
+
+
+async def test_answers_do_not_wait_for_a_clients_acknowledgement() -> None:
+    """Nagle's algorithm is off on the connections that are accepted."""
+    at_once: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        at_once.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    with listening_socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        async with await asyncio.start_server(accepted, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            assert await at_once
+            writer.close()
+            await writer.wait_closed()

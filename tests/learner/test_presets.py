@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from learner.context import contexts
 from learner.policy import PolicyError, build
 from learner.presets import PRESETS, preset_of, shape_name, split_shape
 from learner.settings import PolicySettings
@@ -37,3 +39,17 @@ def test_a_policy_takes_in_as_many_behaviours_as_its_shape_says() -> None:
     assert of.present_BT.shape == (2, 70)
     assert of.present_BT.all()
     assert model.process(of).keys[0].shape[2] == 71
+
+
+def test_contexts_are_as_long_as_the_longest_and_come_to_the_same() -> None:
+    model = build("tiny:70", CODES, 8).eval().requires_grad_(False)
+    rng = np.random.default_rng(2)
+    packed = [packed_context(length, CODES, rng) for length in (3, 0, 9)]
+    users = ["a", "b", "c"]
+    short = model.contexts(users, packed)
+    assert short.present_BT.shape == (3, 9)
+    assert model.contexts(["b"], [b""]).present_BT.shape == (1, 1)
+    padded = contexts(users, packed, 70, model.user_rows, model.codes)
+    start = torch.zeros(3, 1, 0, dtype=torch.int64)
+    ours, theirs = (model.step(model.process(of), start) for of in (short, padded))
+    assert (ours - theirs).abs().max() < 1e-5
