@@ -7,7 +7,7 @@ from ops.monitor import Monitor, MonitorThread
 from streams.clients import producer
 from streams.events import Sample, SampleItem, encode
 from streams.settings import KafkaSettings
-from streams.topics import SAMPLES, WEIGHTS_ACKS, WEIGHTS_ANCHORS
+from streams.topics import SAMPLES, WEIGHTS, WEIGHTS_ACKS
 from streams.weights import Ack, Commit, Manifest, StepEntry
 
 T0 = 1_700_000_000_000
@@ -218,11 +218,11 @@ def test_the_thread_reads_what_is_committed_after_it_began_and_survives_what_it_
         offset = before.offset + 1
         client.send(SAMPLES, b"not a sample", partition=0)
         client.send(SAMPLES, encode(sample(0)), partition=0)
-        client.send(WEIGHTS_ANCHORS, b"\xff", b"9/manifest", partition=0)
+        client.send(WEIGHTS, b"\xff", b"9/manifest", partition=0)
         client.send(
-            WEIGHTS_ANCHORS, encode(manifest(9, (0, 0, offset + 2))), b"9/manifest", partition=0
+            WEIGHTS, encode(manifest(9, (0, 0, offset + 2))), b"9/manifest", partition=0
         )
-        client.send(WEIGHTS_ANCHORS, encode(Commit(version=9)), b"9/commit", partition=0)
+        client.send(WEIGHTS, encode(Commit(version=9)), b"9/commit", partition=0)
         client.send(WEIGHTS_ACKS, encode(ack(9, 500)), partition=0)
         client.flush()
         give_up = time.monotonic() + 20
