@@ -24,8 +24,8 @@ from kafka.errors import InvalidProducerEpochError, KafkaError, ProducerFencedEr
 
 from learner.checkpoint import Progress
 from streams.clients import producer, records
-from streams.events import DeadLetter, UnreadableError, decode, encode
-from streams.topics import DEAD_LETTERS, WEIGHTS_ANCHORS
+from streams.events import Command, DeadLetter, UnreadableError, decode, encode
+from streams.topics import CONTROL, DEAD_LETTERS, WEIGHTS_ANCHORS
 from streams.weights import (
     Commit,
     Manifest,
@@ -94,8 +94,12 @@ class Publisher:
         now_ms: int,
         named: set[int],
         letters: Sequence[DeadLetter] = (),
+        commands: Sequence[Command] = (),
+        restored: int = 0,
     ) -> Manifest:
         """Publish `state` as `progress.version`; versions in `named` never expire.
+
+        `commands` are written to `control` in the same transaction; `restored` is the manifest's.
 
         Raises `PublicationError` when the weights are not finite, this learner has been fenced, or Kafka refuses
         or has not answered for `PATIENCE_S`.
@@ -117,6 +121,7 @@ class Publisher:
             journal=journal,
             watermark_ms=progress.watermark_ms,
             created_ms=now_ms,
+            restored=restored,
         )
         parts: list[_Record] = [
             (WEIGHTS_ANCHORS, key.encode(), value) for key, value in pack(manifest, state)
@@ -132,6 +137,7 @@ class Publisher:
             for key in self._kept[version].keys
         ]
         parts += [(DEAD_LETTERS, letter.key, encode(letter)) for letter in letters]
+        parts += [(CONTROL, None, encode(command)) for command in commands]
         self._commit(manifest, parts)
         for version in expired:
             self._kept.pop(version, None)

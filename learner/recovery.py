@@ -31,6 +31,7 @@ from learner.step import Trainer
 from learner.update import JournalError, train_again
 from storage.checkpoints import Checkpoints
 from streams.clients import consumer, records
+from streams.control import condemned_by
 from streams.events import UnreadableError, dead_letter_decoder, decode, sample_decoder
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, DEAD_LETTERS, SAMPLES, WEIGHTS_ANCHORS
@@ -141,19 +142,41 @@ def follow(
 
     Both arguments advance. Raises `JournalError` where a version is missing or a step cannot be made again.
     """
+    wanted = {manifest.restored for manifest in manifests}
+    passed: dict[int, State] = {}
+    if progress.version in wanted:
+        passed[progress.version] = state_of(trainer.model)
     for manifest in manifests:
         if manifest.version != progress.version + 1:
             raise JournalError(
                 f"version {manifest.version} follows version {progress.version} in the log"
             )
         for entry in manifest.journal:
-            train_again(trainer, entry, run.take(entry), run.buried, run.catalogue)
+            train_again(
+                *(trainer, entry, run.take(entry), run.buried, run.catalogue),
+                condemned=progress.condemned,
+                undone=manifest.restored > 0,
+            )
             progress.steps += entry.trained > 0
             for partition, _, upto in entry.ranges:
                 progress.offsets[partition] = upto
         progress.version = manifest.version
         progress.watermark_ms = manifest.watermark_ms
-        yield manifest, digest_of(state_of(trainer.model))
+        if manifest.restored:
+            trainer.go_back(passed.get(manifest.restored) or _again(run, manifest.restored))
+            progress.condemned += condemned_by(manifest.restored, manifest.version)
+        state = state_of(trainer.model)
+        if manifest.version in wanted:
+            passed[manifest.version] = state
+        yield manifest, digest_of(state)
+
+
+def _again(run: RunLog, version: int) -> State:
+    """A version that was restored, and made before the following began."""
+    try:
+        return published_state(run.kafka.bootstrap, version)
+    except RecoveryError as error:
+        raise JournalError(f"it was restored later, but {error}") from None
 
 
 def manifests_after(bootstrap: str, version: int) -> list[Manifest]:
@@ -229,7 +252,7 @@ def _caught_up(
         why = str(error)
     ADOPTED.inc()
     log.warning("%s: adopting the published weights, with fresh optimisers", why)
-    load_state(found.trainer.model, _published(kafka.bootstrap, last))
+    load_state(found.trainer.model, published_state(kafka.bootstrap, last.version))
     trainer = Trainer(found.trainer.model, settings, settings.lr, found.trainer.ranks)
     return Resumed(trainer, _at(found.progress, began, manifests, last), found.codebooks)
 
@@ -248,6 +271,8 @@ def _at(progress: Progress, began: int, manifests: list[Manifest], last: Manifes
             for partition, _, upto in entry.ranges:
                 before = progress.offsets.get(partition, 0)
                 progress.offsets[partition] = max(before, upto)
+        between = condemned_by(manifest.restored, manifest.version)
+        progress.condemned += [each for each in between if each not in progress.condemned]
     progress.version, progress.watermark_ms = last.version, last.watermark_ms
     return progress
 
@@ -262,10 +287,13 @@ def whole_versions(bootstrap: str) -> Generator[tuple[Manifest, bytes], None, No
                 yield whole
 
 
-def _published(bootstrap: str, last: Manifest) -> State:
-    """The state of a version from its records."""
+def published_state(bootstrap: str, version: int) -> State:
+    """The state of a version from its records; raises `RecoveryError` where it is not there, or damaged."""
     with closing(whole_versions(bootstrap)) as versions:
         for manifest, content in versions:
-            if manifest.version == last.version:
-                return verified_state(manifest, content)
-    raise RecoveryError(f"version {last.version} is not whole in the log")
+            if manifest.version == version:
+                try:
+                    return verified_state(manifest, content)
+                except WeightError as error:
+                    raise RecoveryError(str(error)) from None
+    raise RecoveryError(f"version {version} is not whole in the log")

@@ -6,6 +6,7 @@ Notable choices
   command with who and why, actors obey with or without a learner, and say so on `weights.acks`.
 - A pin to a version that is not whole in the log is refused: actors would keep what they have, and nobody would know
   why. A pinned version never expires; one that was unpinned may.
+- `rollback` is a pin until the learner has gone back too (docs/guard.md).
 """
 
 import getpass
@@ -106,13 +107,16 @@ def show_one(config: Config, version: int) -> int:
         "digest": manifest.digest,
         "bytes": f"{manifest.size_bytes:,} in {manifest.chunks} chunks",
         "samples until": _time(manifest.watermark_ms) if manifest.watermark_ms else "none",
+        "restored": f"the weights of version {manifest.restored}" if manifest.restored else "no",
         "arms": ", ".join(here.arms_of(version)) or "none",
     }
     for name, value in said.items():
         table.add_row(name, str(value))
     for step in manifest.journal:
         taken = sum(upto - first for _, first, upto in step.ranges)
-        table.add_row("step", f"{step.trained} trained of {taken} offsets, {step.control} control")
+        dropped = f", {step.condemned} condemned" if step.condemned else ""
+        told = f"{step.trained} trained of {taken} offsets, {step.control} control{dropped}"
+        table.add_row("step", told)
     for tensor in manifest.schema:
         table.add_row("tensor", f"{tensor.name} {tensor.dtype} {tensor.shape}")
     for ack in here.acks.get(version, []):
@@ -141,20 +145,28 @@ def verify(config: Config, only: int | None) -> int:
     return 1 if wrong else 0
 
 
-def say(config: Config, action: Literal["pin", "follow"], arm: str, version: int, why: str) -> int:
+def say(
+    config: Config, action: Literal["pin", "follow", "rollback"], arm: str, version: int, why: str
+) -> int:
     """Say on `control` what an arm must serve; exit status 0. Raises `UserError` where that cannot be."""
     here = kept(config.kafka.bootstrap)
     if arm not in here.control.shares:
         raise UserError(
             f"there is no arm {arm!r}; there are: {', '.join(sorted(here.control.shares))}."
         )
-    if action == "pin":
+    newest = max(here.manifests, default=0)
+    if action == "rollback" and version >= newest:
+        raise UserError(
+            f"the newest version is {newest}, and there is no rolling back to {version}; name an older one, or "
+            "`dwell weights pin` it."
+        )
+    if action != "follow":
         _one(here, version)
         with closing(whole_versions(config.kafka.bootstrap)) as whole:
             found = next((one for one in whole if one[0].version == version), None)
         fault = fault_of(*found) if found else f"version {version}: not whole in the log"
         if fault:
-            raise UserError(f"{fault}; pin another: `dwell weights verify` says which are whole.")
+            raise UserError(f"{fault}; name another: `dwell weights verify` says which are whole.")
     now_ms = int(time.time() * 1000)
     said = Command(
         id=uuid4().hex,
@@ -164,13 +176,16 @@ def say(config: Config, action: Literal["pin", "follow"], arm: str, version: int
         action=action,
         arm=arm,
         version=version,
+        upto=newest if action == "rollback" else 0,
     )
     client = producer(config.kafka.bootstrap)
     try:
         client.send(CONTROL, encode(said), partition=0).get(timeout=60)
     finally:
         client.close()
-    serves = f"version {version}" if action == "pin" else "the newest version"
+    serves = "the newest version" if action == "follow" else f"version {version}"
+    if action == "rollback":
+        serves += f", and the learner goes back to it; {version + 1} to {newest} are condemned"
     Console().print(f"{arm} serves {serves}: {why}", markup=False)
     return 0
 
