@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from learner.decoder import LazyDecoder
 from learner.policy import served
 from streams.chain import Version
-from streams.control import ControlState
+from streams.control import ControlState, is_condemned
 from streams.weights import Manifest, WeightError
 
 
@@ -56,7 +56,11 @@ class Arms:
     def wanted(self, arm: str) -> int | None:
         """The version that `control` says the arm must serve; None where there is none yet."""
         pinned = self.control.pinned.get(arm)
-        return pinned if pinned is not None else (self.newest.version if self.newest else None)
+        if pinned is not None or self.newest is None:
+            return pinned
+        if is_condemned(self.newest.version, self.control.condemned) and arm in self._served:
+            return self._served[arm].version  # what the learner went back to is about to come
+        return self.newest.version
 
     def missing(self) -> set[int]:
         """Versions that an arm must serve and that are not at hand."""

@@ -42,6 +42,8 @@ class Progress:
     watermark_ms: int = 0
     offsets: dict[int, int] = field(default_factory=dict)
     """Next offset of `samples` by partition."""
+    condemned: list[tuple[int, int]] = field(default_factory=list)
+    """Versions (first, last) whose samples are dropped."""
 
 
 def to_bytes(trainer: Trainer, progress: Progress, codebooks: Codebooks) -> bytes:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from streams.control import LEARNING_ARM
+from streams.control import LEARNING_ARM, is_condemned
 from streams.events import Sample
 from streams.weights import StepEntry
 
@@ -27,8 +27,10 @@ class Polled:
 class Journal:
     """Samples waiting for a step, and the entries since the last publication."""
 
-    def __init__(self, offsets: dict[int, int]) -> None:
+    def __init__(self, offsets: dict[int, int], condemned: Sequence[tuple[int, int]] = ()) -> None:
+        """`condemned` are the versions (first, last) whose samples are dropped; whoever gave the list may add."""
         self.offsets = dict(offsets)
+        self._condemned = condemned
         self.entries: list[StepEntry] = []
         self.watermark_ms = 0
         self._waiting: deque[Polled] = deque()
@@ -69,7 +71,7 @@ class Journal:
             if polled.sample is not None:
                 self.watermark_ms = max(self.watermark_ms, polled.sample.watermark_ms)
         self._trainable -= learning
-        chosen, entry = sort_out(taken)
+        chosen, entry = sort_out(taken, self._condemned)
         entry.ranges = [
             (partition, before.get(partition, 0), upto)
             for partition, upto in sorted(self.offsets.items())
@@ -89,8 +91,19 @@ class Journal:
         return entries
 
 
-def sort_out(taken: Iterable[Polled]) -> tuple[list[Polled], StepEntry]:
-    """What of a step's samples trains, in the order of the log, and the disposition of all."""
+def undo(entries: Iterable[StepEntry]) -> None:
+    """What these steps trained on came to nothing."""
+    for entry in entries:
+        entry.trained, entry.condemned = 0, entry.condemned + entry.trained
+
+
+def sort_out(
+    taken: Iterable[Polled], condemned: Sequence[tuple[int, int]] = ()
+) -> tuple[list[Polled], StepEntry]:
+    """What of a step's samples trains, in the order of the log, and the disposition of all.
+
+    Those that a version of the `condemned` ranges served do not.
+    """
     entry = StepEntry(ranges=[], trained=0, control=0, without_target=0)
     chosen: list[Polled] = []
     for polled in sorted(taken, key=lambda polled: (polled.partition, polled.offset)):
@@ -99,6 +112,8 @@ def sort_out(taken: Iterable[Polled]) -> tuple[list[Polled], StepEntry]:
             entry.control += 1
         elif sample is None or not any(item.advantage or item.supervised for item in sample.items):
             entry.without_target += 1
+        elif is_condemned(sample.policy_version, condemned):
+            entry.condemned += 1
         else:
             entry.trained += 1
             chosen.append(polled)
@@ -113,6 +128,7 @@ def merged(by_rank: Sequence[list[StepEntry]]) -> list[StepEntry]:
             trained=sum(part.trained for part in parts),
             control=sum(part.control for part in parts),
             without_target=sum(part.without_target for part in parts),
+            condemned=sum(part.condemned for part in parts),
             ranks=len(parts),
         )
         for parts in zip(*by_rank, strict=True)

@@ -25,9 +25,9 @@ from learner.retention import Retention
 from streams.blocks import BlockState, State, blocked_state, digest_of, root
 from streams.clients import records
 from streams.delta import DeltaError, changes
-from streams.events import DeadLetter, UnreadableError, decode, encode
+from streams.events import Command, DeadLetter, UnreadableError, decode, encode
 from streams.signing import Signer
-from streams.topics import DEAD_LETTERS, WEIGHTS, WEIGHTS_ANCHORS
+from streams.topics import CONTROL, DEAD_LETTERS, WEIGHTS, WEIGHTS_ANCHORS
 from streams.weights import (
     CHUNK_BYTES,
     Commit,
@@ -109,8 +109,12 @@ class Publisher:
         now_ms: int,
         named: set[int],
         letters: Sequence[DeadLetter] = (),
+        commands: Sequence[Command] = (),
+        restored: int = 0,
     ) -> Manifest:
         """Publish `state` as `progress.version`; versions in `named` never expire. Returns the chain's manifest.
+
+        `commands` are written to `control` in the same transaction; `restored` is the manifest's.
 
         Raises `PublicationError` when the weights are not finite, this learner has been fenced, or Kafka refuses
         or has not answered for `PATIENCE_S`.
@@ -137,6 +141,7 @@ class Publisher:
             journal=journal,
             watermark_ms=progress.watermark_ms,
             created_ms=now_ms,
+            restored=restored,
         )
         signer = self._terms.signer
         packed = pack_anchored(manifest, signer) if delta is None else pack(manifest, delta, signer)
@@ -154,6 +159,7 @@ class Publisher:
             (WEIGHTS_ANCHORS, key.encode(), None) for keys in expired.values() for key in keys
         ]
         parts += [(DEAD_LETTERS, letter.key, encode(letter)) for letter in letters]
+        parts += [(CONTROL, None, encode(command)) for command in commands]
         self._commit(manifest, parts)
         for version in expired:
             self._retention.forget(version)

@@ -30,8 +30,9 @@ from learner.settings import LearnSettings
 from learner.step import Trainer
 from learner.update import JournalError, train_again
 from storage.checkpoints import Checkpoints
-from streams.blocks import digest_of
+from streams.blocks import State, digest_of
 from streams.clients import consumer, records
+from streams.control import condemned_by
 from streams.events import UnreadableError, dead_letter_decoder, decode, sample_decoder
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, DEAD_LETTERS, SAMPLES
@@ -134,19 +135,41 @@ def follow(
 
     Both arguments advance. Raises `JournalError` where a version is missing or a step cannot be made again.
     """
+    wanted = {manifest.restored for manifest in manifests}
+    passed: dict[int, State] = {}
+    if progress.version in wanted:
+        passed[progress.version] = state_of(trainer.model)
     for manifest in manifests:
         if manifest.version != progress.version + 1:
             raise JournalError(
                 f"version {manifest.version} follows version {progress.version} in the log"
             )
         for entry in manifest.journal:
-            train_again(trainer, entry, run.take(entry), run.buried, run.catalogue)
+            train_again(
+                *(trainer, entry, run.take(entry), run.buried, run.catalogue),
+                condemned=progress.condemned,
+                undone=manifest.restored > 0,
+            )
             progress.steps += entry.trained > 0
             for partition, _, upto in entry.ranges:
                 progress.offsets[partition] = upto
         progress.version = manifest.version
         progress.watermark_ms = manifest.watermark_ms
-        yield manifest, digest_of(state_of(trainer.model))
+        if manifest.restored:
+            trainer.go_back(passed.get(manifest.restored) or _again(run, manifest.restored))
+            progress.condemned += condemned_by(manifest.restored, manifest.version)
+        state = state_of(trainer.model)
+        if manifest.version in wanted:
+            passed[manifest.version] = state
+        yield manifest, digest_of(state)
+
+
+def _again(run: RunLog, version: int) -> State:
+    """A version that was restored, and made before the following began."""
+    try:
+        return published_state(run.kafka.bootstrap, version)
+    except RecoveryError as error:
+        raise JournalError(f"it was restored later, but {error}") from None
 
 
 def resume(
@@ -209,11 +232,7 @@ def _caught_up(
     ADOPTED.inc()
     log.warning("%s: adopting the published weights, with fresh optimisers", why)
     progress = _at(found.progress, began, manifests, last)
-    try:
-        published = version_at(kafka.bootstrap, last.version)
-    except WeightError as error:
-        raise RecoveryError(str(error)) from None
-    load_state(found.trainer.model, published.state)
+    load_state(found.trainer.model, published_state(kafka.bootstrap, last.version))
     trainer = Trainer(found.trainer.model, settings, settings.lr, found.trainer.ranks)
     return Resumed(trainer, progress, found.codebooks)
 
@@ -232,5 +251,15 @@ def _at(progress: Progress, began: int, manifests: list[Manifest], last: Manifes
             for partition, _, upto in entry.ranges:
                 before = progress.offsets.get(partition, 0)
                 progress.offsets[partition] = max(before, upto)
+        between = condemned_by(manifest.restored, manifest.version)
+        progress.condemned += [each for each in between if each not in progress.condemned]
     progress.version, progress.watermark_ms = last.version, last.watermark_ms
     return progress
+
+
+def published_state(bootstrap: str, version: int) -> State:
+    """The state of a version, from the log; raises `RecoveryError` where that does not lead to it."""
+    try:
+        return version_at(bootstrap, version).state
+    except WeightError as error:
+        raise RecoveryError(str(error)) from None

@@ -8,6 +8,8 @@ Notable choices (contract of the policy, "Versions")
 - A sample that cannot be learned from counts as without target and becomes a dead letter, in the transaction of
   the version whose journal accounts for it.
 - Several ranks take their turns together: each says what it has, and all step, publish or end by the same rule.
+- What would do harm is not published, and a roll-back is followed (learner/keeper.py): all ranks go back to the same
+  weights.
 """
 
 import logging
@@ -16,15 +18,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from kafka.errors import KafkaError
 from prometheus_client import Counter, Gauge, Histogram
 
 from learner.batch import fault
-from learner.journal import Journal, Polled, merged
-from learner.ranks import Ranks, RanksError
+from learner.journal import Journal, Polled, merged, undo
+from learner.keeper import Keeper, Return
+from learner.ranks import Ranks, RanksError, gathered
 from learner.recovery import RecoveryError
 from learner.settings import LearnSettings, PolicySettings
 from learner.source import Source, SourceError
@@ -32,6 +35,8 @@ from learner.step import StepMetrics
 from learner.update import train
 from learner.versions import StartError, Versions
 from learner.watch import Watch
+from streams.blocks import State
+from streams.control import condemned_by
 from streams.events import Sample
 from streams.settings import KafkaSettings
 
@@ -64,6 +69,8 @@ class Turn(NamedTuple):
     overdue: bool
     due: bool
     """Whether it is time to publish; the first rank's word counts."""
+    back: bool
+    """Whether a roll-back must be followed; the first rank's word counts."""
     stop: bool
 
 
@@ -90,6 +97,7 @@ class Learner:
         self._watch = Watch(learn)
         self._versions = Versions(kafka, learn, data_dir, self._ranks)
         self._source: Source | None = None
+        self._keeper: Keeper | None = None
         torch.set_num_threads(policy.threads)
 
     def start(self, start_from: Path | None) -> None:
@@ -100,12 +108,16 @@ class Learner:
         with self._or_leaves():
             self._state = self._versions.open(self._policy, start_from)
             self.trainer, self.progress = self._state.trainer, self._state.progress
-            self._journal = Journal(self._owned(self.progress.offsets))
+            self._journal = Journal(self._owned(self.progress.offsets), self.progress.condemned)
             self._journal.watermark_ms = self.progress.watermark_ms
             self._source = Source(self._kafka, self._journal, self.progress.codes, self._ranks)
             self._source.open(self._state.codebooks.digest())
+            state = self._weights()
             if self.progress.version == 0:
                 self._publish(self._source)
+            if state is not None and self._ranks.rank == 0:
+                where = self._kafka.bootstrap
+                self._keeper = Keeper(where, self._learn, self.progress, state, self._ranks)
         log.info("at version %d, lineage %s", self.progress.version, self.progress.lineage)
 
     def run(self, stop: threading.Event) -> None:
@@ -127,7 +139,8 @@ class Learner:
                 waited_s = 0.0 if first_waiting is None else now - first_waiting
                 overdue = first_waiting is not None and waited_s >= self._learn.batch_wait_s
                 due = now - published >= self._learn.publish_every_s
-                mine = Turn(self._journal.trainable, overdue, due, stop.is_set())
+                back = self._keeper is not None and self._keeper.called_back(source)
+                mine = Turn(self._journal.trainable, overdue, due, back, stop.is_set())
                 turns: list[Turn] = self._ranks.everyone(mine)
                 if any(turn.stop for turn in turns):
                     return
@@ -136,7 +149,7 @@ class Learner:
                     most = share_out(has, self._learn.batch)[self._ranks.rank]
                     self._step(source, self._journal.cut_polled(most))
                     first_waiting = now if self._journal.waiting else None
-                if self._journal.entries and turns[0].due:
+                if turns[0].back or (self._journal.entries and turns[0].due):
                     self._publish(source)
                     published = time.monotonic()
 
@@ -173,7 +186,7 @@ class Learner:
             with STEP_SECONDS.time():
                 samples = self._train(source, chosen, samples)
         entry = self._journal.entries[-1]
-        for disposition in ("trained", "control", "without_target"):
+        for disposition in ("trained", "control", "without_target", "condemned"):
             TAKEN.labels(disposition).inc(getattr(entry, disposition))
         if not samples:
             return
@@ -207,7 +220,25 @@ class Learner:
                 TERMS.labels(what).set(getattr(metrics, what))
             for warning in self._watch.see(metrics):
                 log.warning("%s", warning)
+        if self._keeper is not None:
+            self._keeper.guard.saw(samples)
         return samples
+
+    def _weights(self) -> State | None:
+        """All weights, where this rank has to do with publishing; all must ask."""
+        first, sharded = self._ranks.rank == 0, self._learn.shard and self._ranks.world > 1
+        return gathered(self.trainer.model) if first or sharded else None
+
+    def _gone_back(self, source: Source) -> Return | None:
+        """Go back if what was learned must not be published, all ranks to the same weights; all must ask."""
+        candidate = self._weights()
+        back = None
+        if self._keeper is not None and candidate is not None:
+            back = self._keeper.decide(source, candidate, self.progress.version)
+        back = cast("Return | None", self._ranks.everyone(back)[0])
+        if back is not None:
+            self.trainer.go_back(back.state)
+        return back
 
     def _publish(self, source: Source) -> None:
         """Bring together what the ranks took, and make it a version."""
@@ -221,7 +252,13 @@ class Learner:
         )
         entries = merged([entries for entries, *_ in everyone])
         progress = self.progress
+        back = self._gone_back(source)
+        named = set(source.control.pinned.values())
         progress.version += 1
+        if back is not None:
+            TAKEN.labels("condemned").inc(sum(entry.trained for entry in entries))
+            undo(entries)
+            progress.condemned += condemned_by(back.restored, progress.version)
         progress.steps += sum(entry.trained > 0 for entry in entries)
         progress.offsets = {
             partition: offset
@@ -231,8 +268,11 @@ class Learner:
         progress.watermark_ms = max(watermark_ms for _, _, watermark_ms, _ in everyone)
         progress.catalogue_version = source.catalogue.version
         letters = [letter for *_, letters in everyone for letter in letters]
-        named = set(source.control.pinned.values())
-        self._versions.publish(self._state, entries, letters, named)
+        if back is None:
+            self._versions.publish(self._state, entries, letters, named)
+            return
+        said = [back.command(progress.version, int(time.time() * 1000))]
+        self._versions.publish(self._state, entries, letters, named, said, back.restored)
 
 
 def share_out(has: Sequence[int], most: int) -> list[int]:

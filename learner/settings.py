@@ -61,6 +61,12 @@ class LearnSettings:
     """Warn when the entropy falls below this (nats, mean per level); good runs end near 1.5, collapsed near 0."""
     divergence_ceiling: Positive = 0.5
     """Warn when the policy has moved further than this from what was served (KL, nats a level)."""
+    guard_divergence: Positive = 0.5
+    """Do not publish what is further than this from the last good version (KL, nats a level); docs/guard.md."""
+    guard_entropy: NotNegative = 0.1
+    """Do not publish below this share of the uniform law's entropy."""
+    guard_top_share: Positive = 0.5
+    """Do not publish what gives one item more than this of all probability, and thrice as much as before."""
     seed: Whole = 7
     """Seed of initial weights and of everything random in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

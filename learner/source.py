@@ -73,6 +73,8 @@ class Source:
             if ranks.owns(number)
         ]
         self._letters: list[DeadLetter] = []
+        self.answered = 0
+        """The newest version with which a learner has answered a roll-back."""
         self._client: KafkaConsumer | None = None
 
     def open(self, codebook: str) -> None:
@@ -176,8 +178,11 @@ class Source:
             if record.topic == SAMPLES:
                 self._journal.add(Polled(record.partition, record.offset, self._sample(record)))
             elif record.topic == CONTROL:
-                if not self.control.apply(decode(command_decoder, record.value)):
+                command = decode(command_decoder, record.value)
+                if not self.control.apply(command):
                     log.warning("control offset %d: the command makes no sense", record.offset)
+                elif command.action == "follow" and command.restored:
+                    self.answered = max(self.answered, command.version)
             else:
                 try:
                     self.catalogue.take(record.offset, record.key, record.value)

@@ -18,8 +18,9 @@ from learner.decoder import LazyDecoder
 from learner.masking import masked_log_softmax
 from learner.objectives import OBJECTIVES, divergence, entropy, mean_over, pull, supervised
 from learner.policy import compile_blocks
-from learner.ranks import Ranks
+from learner.ranks import Ranks, like
 from learner.settings import LearnSettings
+from streams.blocks import State
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,20 @@ class Trainer:
         self.network = self.ranks.spread(model, settings.shard)
         self.table = model.context.users.weight
         self.dense: list[nn.Parameter] = [p for p in model.parameters() if p is not self.table]
-        self.dense_optimiser = torch.optim.AdamW(self.dense, lr=lr, betas=(0.9, 0.98))
-        self.row_optimiser = torch.optim.SparseAdam([self.table], lr=lr, betas=(0.9, 0.98))
+        self._lr = lr
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with fresh optimisers."""
+        self.dense_optimiser = torch.optim.AdamW(self.dense, lr=self._lr, betas=(0.9, 0.98))
+        self.row_optimiser = torch.optim.SparseAdam([self.table], lr=self._lr, betas=(0.9, 0.98))
+
+    def go_back(self, state: State) -> None:
+        """Take the weights of a version, whole, with fresh optimisers; each rank its shard where it has one."""
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                value.copy_(like(torch.from_numpy(state[name]), value))
+        self.forget()
 
     def step(self, *shares: Batch) -> StepMetrics | None:
         """One update on a batch, or on the shares of several ranks where this process stands for all of them.

@@ -9,7 +9,7 @@ from collections.abc import Container, Sequence
 
 from learner.batch import Batch, assemble
 from learner.catalogue import Catalogue
-from learner.journal import Polled, sort_out
+from learner.journal import Polled, sort_out, undo
 from learner.step import StepMetrics, Trainer
 from streams.events import Sample
 from streams.weights import StepEntry
@@ -33,23 +33,31 @@ def train_again(
     taken: Sequence[Polled],
     buried: Container[tuple[int, int]],
     catalogue: Catalogue,
+    condemned: Sequence[tuple[int, int]] = (),
+    undone: bool = False,
 ) -> None:
     """A journalled step once more: `taken` are the records of its ranges.
 
-    `buried` has the (partition, offset) of samples that became dead letters. Raises `JournalError` where the log
-    does not hold what the journal says.
+    `buried` has the (partition, offset) of samples that became dead letters, `condemned` the versions (first, last)
+    whose samples are dropped. A step that was `undone` is accounted for and not made. Raises `JournalError` where
+    the log does not hold what the journal says.
     """
-    chosen, found = sort_out(taken)
+    chosen, found = sort_out(taken, condemned)
     usable = [one for one in chosen if (one.partition, one.offset) not in buried]
     unusable = len(chosen) - len(usable)
-    there = (found.trained - unusable, found.control, found.without_target + unusable)
-    noted = (entry.trained, entry.control, entry.without_target)
+    found.trained -= unusable
+    found.without_target += unusable
+    if undone:
+        undo([found])
+    there, noted = (
+        (each.trained, each.control, each.without_target, each.condemned) for each in (found, entry)
+    )
     if there != noted:
         raise JournalError(
-            f"the step over {entry.ranges} trained on, set aside as control, and found without target {noted} "
-            f"samples, the log has {there}"
+            f"the step over {entry.ranges} trained on, set aside as control, found without target, and dropped as "
+            f"condemned {noted} samples, the log has {there}"
         )
-    if not usable:
+    if undone or not usable:
         return
     of_rank: list[list[Sample]] = [[] for _ in range(entry.ranks)]
     for one in usable:

@@ -24,7 +24,7 @@ from learner.ranks import Ranks, gathered
 from learner.recovery import Resumed, resume
 from learner.settings import LearnSettings, PolicySettings
 from storage.checkpoints import Checkpoints
-from streams.events import DeadLetter
+from streams.events import Command, DeadLetter
 from streams.settings import KafkaSettings
 from streams.signing import signer
 from streams.weights import StepEntry
@@ -75,8 +75,12 @@ class Versions:
         entries: list[StepEntry],
         letters: Sequence[DeadLetter],
         named: set[int],
+        commands: Sequence[Command] = (),
+        restored: int = 0,
     ) -> None:
         """Keep and publish the learner as `progress.version`, all ranks must ask; versions in `named` are kept.
+
+        `commands` are written with it; `restored` is the version that it went back to, if it did.
 
         Raises `StartError` when the disk is full, and `PublicationError`.
         """
@@ -90,7 +94,10 @@ class Versions:
                 return
             codebook, now_ms = learner.codebooks.digest(), int(time.time() * 1000)
             manifest = self._publisher.publish(
-                state, learner.progress, codebook, entries, now_ms, named, letters
+                *(state, learner.progress, codebook, entries, now_ms, named),
+                letters,
+                commands,
+                restored,
             )
             quarter_ms = max(1, round(self._learn.weights_horizon_s * 250))
             spread = self._publisher.first_of_each(quarter_ms)

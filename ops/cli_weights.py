@@ -69,6 +69,16 @@ def pin(common: Common, arm: Arm, version: Version, why: Why) -> None:
 
 
 @partial(command, group=weights)
+def rollback(common: Common, arm: Arm, version: Version, why: Why) -> None:
+    """Return an arm to an older version; the learner goes back to it, too, and on from there."""
+    from ops.cluster import visited
+    from ops.weights import say
+
+    with visited(common.load_of_run(), typer.echo) as config:
+        raise typer.Exit(say(config, "rollback", arm, version, why))
+
+
+@partial(command, group=weights)
 def follow(common: Common, arm: Arm, why: Why) -> None:
     """Let an arm serve the newest version again."""
     from ops.cluster import visited

@@ -6,6 +6,7 @@ Notable choices
   command with who and why, actors obey with or without a learner, and say so on `weights.acks`.
 - A pin to a version that is not whole in the log is refused: actors would keep what they have, and nobody would know
   why. A pinned version never expires; one that was unpinned may.
+- `rollback` is a pin until the learner has gone back too (docs/guard.md).
 """
 
 import getpass
@@ -17,13 +18,12 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from learner.guard import not_finite
 from ops.config import Config
 from ops.errors import UserError
-from streams.blocks import State
 from streams.chain import Version
 from streams.clients import producer, records
 from streams.control import ControlState
@@ -66,7 +66,7 @@ def fault_of(version: Version | WeightError) -> str:
     """Why a version must not be served: not what its manifest says, or not finite. Empty where it may."""
     if isinstance(version, WeightError):
         return str(version)
-    broken = _not_finite(version.state)
+    broken = not_finite(version.state)
     return f"version {version.number}: not finite: {', '.join(broken)}" if broken else ""
 
 
@@ -110,13 +110,16 @@ def show_one(config: Config, version: int) -> int:
         "changes": f"version {manifest.base}" if manifest.base else "all: it is in full",
         "newest in full": str(manifest.anchor),
         "samples until": _time(manifest.watermark_ms) if manifest.watermark_ms else "none",
+        "restored": f"the weights of version {manifest.restored}" if manifest.restored else "no",
         "arms": ", ".join(here.arms_of(version)) or "none",
     }
     for name, value in said.items():
         table.add_row(name, str(value))
     for step in manifest.journal:
         taken = sum(upto - first for _, first, upto in step.ranges)
-        table.add_row("step", f"{step.trained} trained of {taken} offsets, {step.control} control")
+        dropped = f", {step.condemned} condemned" if step.condemned else ""
+        told = f"{step.trained} trained of {taken} offsets, {step.control} control{dropped}"
+        table.add_row("step", told)
     for tensor in manifest.schema:
         table.add_row("tensor", f"{tensor.name} {tensor.dtype} {tensor.shape}")
     for ack in here.acks.get(version, []):
@@ -145,21 +148,29 @@ def verify(config: Config, only: int | None) -> int:
     return 1 if wrong else 0
 
 
-def say(config: Config, action: Literal["pin", "follow"], arm: str, version: int, why: str) -> int:
+def say(
+    config: Config, action: Literal["pin", "follow", "rollback"], arm: str, version: int, why: str
+) -> int:
     """Say on `control` what an arm must serve; exit status 0. Raises `UserError` where that cannot be."""
     here = kept(config.kafka.bootstrap)
     if arm not in here.control.shares:
         raise UserError(
             f"there is no arm {arm!r}; there are: {', '.join(sorted(here.control.shares))}."
         )
-    if action == "pin":
+    newest = max(here.manifests, default=0)
+    if action == "rollback" and version >= newest:
+        raise UserError(
+            f"the newest version is {newest}, and there is no rolling back to {version}; name an older one, or "
+            "`dwell weights pin` it."
+        )
+    if action != "follow":
         _one(here, version)
         try:
             fault = fault_of(version_at(config.kafka.bootstrap, version, _trust(config)))
         except WeightError as error:
             fault = str(error)
         if fault:
-            raise UserError(f"{fault}; pin another: `dwell weights verify` says which are whole.")
+            raise UserError(f"{fault}; name another: `dwell weights verify` says which are whole.")
     now_ms = int(time.time() * 1000)
     said = Command(
         id=uuid4().hex,
@@ -169,13 +180,16 @@ def say(config: Config, action: Literal["pin", "follow"], arm: str, version: int
         action=action,
         arm=arm,
         version=version,
+        upto=newest if action == "rollback" else 0,
     )
     client = producer(config.kafka.bootstrap)
     try:
         client.send(CONTROL, encode(said), partition=0).get(timeout=60)
     finally:
         client.close()
-    serves = f"version {version}" if action == "pin" else "the newest version"
+    serves = "the newest version" if action == "follow" else f"version {version}"
+    if action == "rollback":
+        serves += f", and the learner goes back to it; {version + 1} to {newest} are condemned"
     Console().print(f"{arm} serves {serves}: {why}", markup=False)
     return 0
 
@@ -209,14 +223,6 @@ def _one(here: Kept, version: int) -> Manifest:
             f"version {version} is not in the log; {there}, as `dwell weights list` shows."
         )
     return here.manifests[version]
-
-
-def _not_finite(state: State) -> list[str]:
-    return [
-        name
-        for name, value in sorted(state.items())
-        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all()
-    ]
 
 
 def _time(ms: int) -> str:

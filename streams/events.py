@@ -290,10 +290,12 @@ class Command(msgspec.Struct, tag_field="type", tag="command", kw_only=True):
     time_ms: int
     who: str
     why: str
-    action: Literal["pin", "follow", "shares"]
+    action: Literal["pin", "follow", "shares", "rollback", "refuse"]
     arm: str = ""
     version: int = 0
     shares: dict[str, float] = {}
+    upto: int = 0
+    restored: int = 0
 
 
 class Insight(msgspec.Struct, tag_field="type", tag="insight", kw_only=True):

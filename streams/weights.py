@@ -68,6 +68,9 @@ class Manifest(msgspec.Struct, tag_field="type", tag="manifest", kw_only=True):
     journal: list[StepEntry]
     watermark_ms: int
     created_ms: int
+    restored: int = 0
+    """The version whose weights these are, where the learner went back: its journal was undone, its optimisers are
+    fresh, and the versions between the two are condemned."""
 
 
 class Chunk(msgspec.Struct, tag_field="type", tag="chunk", kw_only=True):

@@ -139,7 +139,7 @@ def running(learner: Learner) -> Iterator[list[BaseException]]:
 def accounted(manifests: list[Manifest]) -> dict[str, int]:
     """Sums over the journals, whose ranges must follow on one another."""
     place: dict[int, int] = {}
-    sums = {"trained": 0, "control": 0, "without_target": 0}
+    sums = {"trained": 0, "control": 0, "without_target": 0, "condemned": 0}
     for manifest in manifests:
         for entry in manifest.journal:
             for partition, first, upto in entry.ranges:
@@ -148,6 +148,11 @@ def accounted(manifests: list[Manifest]) -> dict[str, int]:
             for what in sums:
                 sums[what] += getattr(entry, what)
     return sums
+
+
+def counts(**some: int) -> dict[str, int]:
+    """What `accounted` gives; the rest is none."""
+    return {"trained": 0, "control": 0, "without_target": 0, "condemned": 0} | some
 
 
 def learn(learner: Learner, lineage: Lineage, samples: int) -> list[Manifest]:

@@ -15,6 +15,7 @@ from learner.run import Learner, LearnerError, share_out
 from learner.versions import CHECKPOINTS
 from ops.up import free_port
 from storage.checkpoints import Checkpoints
+from streams.events import Command
 from streams.weights import Manifest
 from tests.learner.cluster import published
 from tests.learner.lineage import (
@@ -23,6 +24,7 @@ from tests.learner.lineage import (
     STEPWISE,
     Lineage,
     accounted,
+    counts,
     learn,
     one_line,
     until,
@@ -92,7 +94,7 @@ def test_two_ranks_share_the_partitions_and_one_goes_on_after_them(lineage: Line
     with lineage.started(HASTY) as learner:
         versions = learn(learner, lineage, 40)
     assert [manifest.version for manifest in versions] == list(range(1, len(versions) + 1))
-    assert accounted(versions) == {"trained": 40, "control": 0, "without_target": 0}
+    assert accounted(versions) == counts(trained=40, control=0, without_target=0)
     assert made_again(lineage) == len(versions)
 
 
@@ -109,6 +111,38 @@ def test_a_rank_that_dies_ends_the_others_in_one_sentence_and_loses_nothing(
     lineage.write(lineage.samples(8, seed=2))
     with two(lineage, "copy"):
         until(lambda: taken(lineage) >= 16)
+    assert made_again(lineage) == len(manifests(lineage))
+
+
+@pytest.mark.parametrize("held", ["shard", pytest.param("copy", marks=pytest.mark.soak)])
+def test_all_ranks_go_back_to_the_same(lineage: Lineage, held: str) -> None:
+    lineage.write(lineage.samples(24, seed=1))
+    with two(lineage, held) as ranks:
+        until(lambda: taken(lineage) >= 24 or any(rank.poll() is not None for rank in ranks))
+        last = len(manifests(lineage))
+        back = Command(
+            id="1",
+            time_ms=0,
+            who="t",
+            why="t",
+            action="rollback",
+            arm="learning",
+            version=2,
+            upto=3,
+        )
+        lineage.command(back)
+        until(
+            lambda: len(manifests(lineage)) > last or any(rank.poll() is not None for rank in ranks)
+        )
+        restored = manifests(lineage)[last]
+        assert (restored.restored, restored.digest) == (2, manifests(lineage)[1].digest)
+        later = lineage.samples(12, seed=2)
+        for sample in later[::3]:
+            sample.policy_version = 3
+        lineage.write(later)
+        until(lambda: taken(lineage) >= 36 or any(rank.poll() is not None for rank in ranks))
+        assert [rank.poll() for rank in ranks] == [None, None]
+    assert accounted(manifests(lineage)) == counts(trained=32, condemned=4)
     assert made_again(lineage) == len(manifests(lineage))
 
 

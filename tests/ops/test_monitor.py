@@ -219,9 +219,7 @@ def test_the_thread_reads_what_is_committed_after_it_began_and_survives_what_it_
         client.send(SAMPLES, b"not a sample", partition=0)
         client.send(SAMPLES, encode(sample(0)), partition=0)
         client.send(WEIGHTS, b"\xff", b"9/manifest", partition=0)
-        client.send(
-            WEIGHTS, encode(manifest(9, (0, 0, offset + 2))), b"9/manifest", partition=0
-        )
+        client.send(WEIGHTS, encode(manifest(9, (0, 0, offset + 2))), b"9/manifest", partition=0)
         client.send(WEIGHTS, encode(Commit(version=9)), b"9/commit", partition=0)
         client.send(WEIGHTS_ACKS, encode(ack(9, 500)), partition=0)
         client.flush()

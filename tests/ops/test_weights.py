@@ -118,6 +118,22 @@ def test_an_arm_is_not_pinned_to_what_it_could_not_serve(
     assert len(list(records(config.kafka.bootstrap, CONTROL))) == before
 
 
+def test_a_rollback_names_what_it_condemns(
+    config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(UserError, match="newest version is 5, and there is no rolling back to 5"):
+        say(config, "rollback", "learning", 5, "a try")
+    assert say(config, "rollback", "learning", 2, "3 is worse") == 0
+    assert "the learner goes back to it; 3 to 5 are condemned" in capsys.readouterr().out
+    *_, last = records(config.kafka.bootstrap, CONTROL)
+    said = decode(command_decoder, last.value)
+    assert (said.action, said.version, said.upto) == ("rollback", 2, 5)
+    assert kept(config.kafka.bootstrap).arms_of(2) == ["learning"]
+    assert say(config, "follow", "learning", 0, "it was not") == 0
+    assert kept(config.kafka.bootstrap).control.rollbacks == {}
+
+
 def test_a_pin_and_its_end_stand_on_control_with_who_and_why(config: Config) -> None:
     assert say(config, "pin", "learning", 2, "3 looks strange") == 0
     assert kept(config.kafka.bootstrap).arms_of(2) == ["learning"]

@@ -50,9 +50,67 @@ def test_one_state_does_not_share_its_folds_with_another() -> None:
     assert ControlState().pinned == {}
 
 
+def rollback(version: int, upto: int, arm: str = "learning") -> Command:
+    return command("rollback", arm=arm, version=version, upto=upto)
+
+
+def answer(restored: int, version: int, arm: str = "learning") -> Command:
+    return command("follow", arm=arm, version=version, restored=restored)
+
+
+def test_a_rollback_pins_until_the_learner_has_answered() -> None:
+    asked = folded(rollback(3, 5))
+    assert (asked.pinned, asked.rollbacks) == ({"learning": 3}, {"learning": (3, 5)})
+    assert asked.condemned == []
+    assert folded(rollback(3, 5), answer(3, 8)) == ControlState(condemned=[(4, 7)])
+    assert folded(rollback(3, 4, "other"), answer(3, 8)).pinned == {"other": 3}
+
+
+@given(st.permutations([(3, 5), (3, 5), (2, 4), (4, 7)]))
+def test_several_rollbacks_come_to_the_same_in_any_order(asked: list[tuple[int, int]]) -> None:
+    state = folded(*(rollback(*each) for each in asked))
+    assert state == folded(rollback(2, 7))
+    assert state.pinned == {"learning": 2}
+
+
+def test_a_rollback_that_comes_after_its_answer_changes_nothing() -> None:
+    done = [rollback(3, 5), answer(3, 8)]
+    assert folded(*done, rollback(3, 5), rollback(4, 7)) == folded(*done)
+    again = folded(*done, rollback(3, 8))
+    assert (again.pinned, again.rollbacks) == ({"learning": 3}, {"learning": (3, 8)})
+
+
+def test_an_answer_ends_only_what_it_satisfies() -> None:
+    further = folded(rollback(3, 5), rollback(2, 5), answer(3, 8))
+    assert (further.pinned, further.condemned) == ({"learning": 2}, [(4, 7)])
+    assert further.rollbacks == {"learning": (2, 5)}
+    assert folded(rollback(3, 5), command("pin", arm="learning", version=6), answer(3, 8)) == (
+        ControlState(pinned={"learning": 6}, condemned=[(4, 7)])
+    )
+
+
+@pytest.mark.parametrize(
+    "said", [command("pin", arm="learning", version=4), command("follow", arm="learning")]
+)
+def test_a_pin_or_a_follow_withdraws_a_rollback(said: Command) -> None:
+    assert folded(rollback(3, 5), said) == folded(said)
+
+
+def test_a_refusal_is_information() -> None:
+    state = folded(rollback(3, 5))
+    assert state.apply(command("refuse", arm="learning", version=8, restored=7))
+    assert state == folded(rollback(3, 5))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        rollback(3, 5, arm=""),
+        rollback(0, 5),
+        rollback(5, 5),
+        answer(8, 8),
+        answer(-1, 8),
+        command("refuse", arm="learning"),
         command("pin", arm="", version=3),
         command("pin", arm="learning", version=0),
         command("follow", arm=""),

@@ -1,0 +1,118 @@
+"""Decides before each publication whether the learner must go back, and to what: by its guard, and by roll-backs.
+
+Notable choices (contract of the policy, "Versions")
+- Only the first rank decides; the others are told the weights.
+- A candidate that the guard refuses never becomes a version: the last good one is published again under the next
+  number, and what the refused steps took is accounted for as condemned. It may be what was harmful.
+- A roll-back is answered once: until the answer has been read back from `control`, its order among other commands
+  is not known, so the same roll-back is not acted upon again.
+- A version that is not in the log any more cannot be gone back to. It is said once; learning goes on, and the arm
+  stays where `control` has it.
+"""
+
+import logging
+import time
+from typing import Literal, NamedTuple
+from uuid import uuid4
+
+import torch
+from prometheus_client import Counter, Gauge
+
+from learner.checkpoint import Progress
+from learner.guard import Guard
+from learner.policy import build
+from learner.ranks import Ranks
+from learner.recovery import RecoveryError, published_state
+from learner.settings import LearnSettings
+from learner.source import Source
+from streams.blocks import State
+from streams.control import LEARNING_ARM, Rollback
+from streams.events import Command
+
+log = logging.getLogger("dwell.learner")
+
+RETURNS = Counter("dwell_learner_returns_total", "Returns to an earlier version", ["by"])
+FIGURES = Gauge("dwell_learner_guard", "What the guard saw of the last candidate", ["what"])
+GUARD_SECONDS = Gauge("dwell_learner_guard_seconds", "Time of the guard's last verdict")
+
+WHO = "learner"
+
+
+class Return(NamedTuple):
+    """Going back instead of publishing what was learned."""
+
+    restored: int
+    state: State
+    action: Literal["refuse", "follow"]
+    why: str
+
+    def command(self, version: int, now_ms: int) -> Command:
+        """What is said of it on `control`, where it becomes `version`."""
+        return Command(
+            id=uuid4().hex,
+            time_ms=now_ms,
+            who=WHO,
+            why=self.why,
+            action=self.action,
+            arm=LEARNING_ARM,
+            version=version,
+            restored=self.restored,
+        )
+
+
+class Keeper:
+    """Of the first rank."""
+
+    def __init__(
+        self, bootstrap: str, learn: LearnSettings, progress: Progress, state: State, ranks: Ranks
+    ) -> None:
+        """`state` is the last published version, or a start."""
+        self._bootstrap = bootstrap
+        with torch.random.fork_rng(devices=[]):  # the random state is part of the checkpoint
+            model = build(progress.preset, progress.codes, progress.user_rows)
+        self.guard = Guard(model.to(ranks.device), learn)
+        self.guard.good = state
+        self._answered = 0
+        self._unmet: Rollback | None = None
+
+    def called_back(self, source: Source) -> bool:
+        """Whether there is a roll-back to be followed now."""
+        return self._pending(source) is not None
+
+    def decide(self, source: Source, candidate: State, last: int) -> Return | None:
+        """Whether to go back instead of publishing `candidate` after version `last`."""
+        pending = self._pending(source)
+        back = self._rolled_back(pending, last) if pending is not None else None
+        return back or self._judged(source, candidate, last)
+
+    def _pending(self, source: Source) -> Rollback | None:
+        pending = source.control.rollbacks.get(LEARNING_ARM)
+        answered = source.answered >= self._answered
+        return pending if answered and pending != self._unmet else None
+
+    def _rolled_back(self, pending: Rollback, last: int) -> Return | None:
+        try:
+            state = published_state(self._bootstrap, pending.version)
+        except RecoveryError as error:
+            log.error("control rolls %s back, but %s", LEARNING_ARM, error)
+            self._unmet = pending
+            return None
+        self.guard.good, self._answered = state, last + 1
+        RETURNS.labels("rollback").inc()
+        why = f"the learner went back to version {pending.version}"
+        log.warning("version %d: %s", last + 1, why)
+        return Return(pending.version, state, "follow", why)
+
+    def _judged(self, source: Source, candidate: State, last: int) -> Return | None:
+        began = time.perf_counter()
+        catalogue = source.catalogue
+        verdict = self.guard.judge(candidate, catalogue.valid.tree(catalogue.version))
+        GUARD_SECONDS.set(time.perf_counter() - began)
+        for what, value in vars(verdict.figures).items():
+            FIGURES.labels(what).set(value)
+        good = self.guard.good
+        if not verdict.reason or good is None:
+            return None
+        RETURNS.labels("guard").inc()
+        log.error("version %d is version %d again: refused %s", last + 1, last, verdict.reason)
+        return Return(last, good, "refuse", f"refused {verdict.reason}")
