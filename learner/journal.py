@@ -130,6 +130,7 @@ def merged(by_rank: Sequence[list[StepEntry]]) -> list[StepEntry]:
             without_target=sum(part.without_target for part in parts),
             condemned=sum(part.condemned for part in parts),
             ranks=len(parts),
+            made_ms=max(part.made_ms for part in parts),
         )
         for parts in zip(*by_rank, strict=True)
     ]

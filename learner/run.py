@@ -186,12 +186,13 @@ class Learner:
             with STEP_SECONDS.time():
                 samples = self._train(source, chosen, samples)
         entry = self._journal.entries[-1]
+        now_ms = int(time.time() * 1000)
+        entry.made_ms = now_ms
         for disposition in ("trained", "control", "without_target", "condemned"):
             TAKEN.labels(disposition).inc(getattr(entry, disposition))
         if not samples:
             return
         STEPS.inc()
-        now_ms = time.time() * 1000
         for sample in samples:
             STALENESS.observe(self.progress.version - sample.policy_version)
             created_ms = self._versions.created_ms(sample.policy_version)

@@ -191,6 +191,21 @@ def weights(
     raise typer.Exit(run(config, versions, deltas, swaps, large, json))
 
 
+@partial(command, group=bench)
+def freshness(
+    common: Common,
+    rates: Annotated[str, typer.Option(help="Requests a second, one run each.")] = "100,150,200",
+    for_s: Annotated[float, typer.Option("--for", min=30, help="Seconds of each run.")] = 90.0,
+    json: JsonFile = None,
+) -> None:
+    """How long it takes from a decided play to answers that have learned from it, stage by stage."""
+    config = common.load(demo=True)
+    require_writable(json)
+    from ops.bench_freshness import run
+
+    raise typer.Exit(run(config, rates, for_s, json))
+
+
 @partial(command, group=eval_)
 def shaping(
     common: Common,

@@ -34,6 +34,8 @@ class StepEntry(msgspec.Struct, kw_only=True):
     condemned: int = 0
     ranks: int = 1
     """Processes that shared the step: rank r took the partitions p with p % ranks = r."""
+    made_ms: int = 0
+    """When the step was made, wall clock; for measuring only."""
 
 
 class TensorSchema(msgspec.Struct, kw_only=True):
