@@ -39,7 +39,7 @@ def dense_shares(config: Config, requests: int, now_ms: int) -> dict[str, dict[s
     for interval in INTERVALS:
         for name, kept in (
             ("float32", states[::interval]),
-            ("bf16", [_rounded(state) for state in states[::interval]]),
+            ("bf16", [rounded(state) for state in states[::interval]]),
         ):
             sizes = [_size(one, other) for one, other in pairwise(kept)] or [full]
             shares[name][f"every_{interval}"] = float(np.mean(sizes)) / full / interval
@@ -89,7 +89,7 @@ def _size(one: State, other: State) -> int:
     return sum(value.nbytes for value in content.values())
 
 
-def _rounded(state: State) -> State:
+def rounded(state: State) -> State:
     """To the nearest bf16, as 16 bits."""
     rounded = {}
     for name, value in state.items():
