@@ -136,7 +136,7 @@ class Presence:
             ROWS.set(self._catalogue.valid.rows)
             complete_ms = await fresh_ms()
             if complete_ms is not None:
-                self._fresh_s = max(self._fresh_s, complete_ms / 1000)
+                self._fresh_s = complete_ms / 1000
             self._watch_age()
             since_s = time.monotonic() - self._said_at
             moved = self._in_flight.oldest(self._catalogue.version) != self._said

@@ -50,6 +50,8 @@ FALLBACKS = Counter(
 )
 EVENTS = Counter("dwell_actor_feedback_total", "Feedback events taken", ["kind"])
 
+DRAIN_BATCH_BYTES = 128 << 10  # eight times aiokafka's: one request a broker is under way at a time
+
 
 class ServiceError(RuntimeError):
     """The actor cannot serve; the message says why."""
@@ -164,6 +166,7 @@ class Service:
             acks="all",
             enable_idempotence=True,
             linger_ms=2,
+            max_batch_size=DRAIN_BATCH_BYTES,
         )
 
     async def _watched(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
