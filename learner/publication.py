@@ -47,7 +47,7 @@ log = logging.getLogger("dwell.learner")
 MAX_EXPIRED = 50  # anchors a publication, so that none of them takes long
 TRANSACTION_S = 10.0  # and more for a large one; the broker would end it after a minute
 SLOWEST_BYTES_PER_S = 20e6
-PATIENCE_S = 60.0
+PATIENCE_S = 600.0  # a broker that is away comes back; nothing is lost by waiting
 
 
 class PublicationError(RuntimeError):

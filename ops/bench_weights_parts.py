@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from learner.checkpoint import Progress, load
-from learner.policy import USERS, state_of
+from learner.policy import USERS
 from learner.publication import Publisher, Terms
 from ops.bench_serve_parts import Lineage
 from ops.start import Start
@@ -23,6 +23,7 @@ from streams.clients import records
 from streams.events import decode
 from streams.topics import WEIGHTS_ACKS
 from streams.weights import Manifest, ack_decoder
+from streams.weights_log import version_at
 
 REQUESTS_PER_S: Final = 100
 VERSIONS_PER_S: Final = 5
@@ -60,16 +61,16 @@ class Mover:
 
     @classmethod
     def on(cls, lineage: Lineage, seed: int) -> "Mover":
-        """Goes on from version 1 of a lineage."""
-        learn = lineage.config.learn
+        """Goes on from the newest version of a lineage."""
+        learn, bootstrap = lineage.config.learn, lineage.config.kafka.bootstrap
         path = Start.at(lineage.folder / "start").policy
-        trainer, progress, codebooks = load(path, learn, learn.lr)
-        state = state_of(trainer.model)
-        terms = Terms(learn.weights_horizon_s, learn.anchor_every_s)
-        publisher = Publisher(lineage.config.kafka.bootstrap, terms)
-        publisher.go_on_from(state)
+        _, progress, codebooks = load(path, learn, learn.lr)
+        publisher = Publisher(bootstrap, Terms(learn.weights_horizon_s, learn.anchor_every_s))
         assert publisher.last is not None
         progress.version = publisher.last.version
+        found = version_at(bootstrap, progress.version).state
+        state = {name: value.copy() for name, value in found.items()}
+        publisher.go_on_from(state)
         return cls(publisher, Moving(state, seed), progress, codebooks.digest())
 
     def publish(self) -> None:

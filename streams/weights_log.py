@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, TopicPartition
 
 from streams.chain import Version, anchored, followed
 from streams.clients import consumer, read, records
@@ -73,6 +73,7 @@ def walk(
     bootstrap: str, trust: Trust | None = None, first: int = 0
 ) -> Generator[Found, None, None]:
     """Each version from the anchor at or before `first` on, ascending: with its state, or why it has none."""
+    end = _end(bootstrap)  # before the anchors: those of all versions up to here are there then
     known = anchors(bootstrap)
     begin = known.before(first)
     waiting = deque(one for one in known.manifests if begin is None or one >= begin)
@@ -80,7 +81,7 @@ def walk(
     head: Version | None = None
     with (
         closing(consumer(bootstrap)) as client,
-        closing(_wholes(bootstrap, chain_from, trust)) as chain,
+        closing(_wholes(bootstrap, chain_from, end, trust)) as chain,
     ):
         for manifest, content in chain:
             number = manifest.version
@@ -139,12 +140,19 @@ def _loaded(client: KafkaConsumer, known: Anchors, number: int, trust: Trust | N
     return manifest, WeightError(f"version {number} is not whole in the log")
 
 
+def _end(bootstrap: str) -> int:
+    """Where the chain ends now."""
+    place = TopicPartition(WEIGHTS, 0)
+    with closing(consumer(bootstrap)) as client:
+        return int(client.end_offsets([place])[place])
+
+
 def _wholes(
-    bootstrap: str, first: int, trust: Trust | None
+    bootstrap: str, first: int, last: int, trust: Trust | None
 ) -> Generator[tuple[Manifest, bytes], None, None]:
-    """The versions of the chain that can be put together."""
+    """The versions of the chain between two offsets that can be put together."""
     assembler = Assembler(trust)
-    with closing(records(bootstrap, WEIGHTS, first=first)) as chain:
+    with closing(records(bootstrap, WEIGHTS, first=first, last=last)) as chain:
         for record in chain:
             with suppress(WeightError):
                 whole = assembler.take(record.value)

@@ -413,7 +413,7 @@ def test_a_sample_whose_catalogue_is_past_the_logs_retention_becomes_a_dead_lett
         learn(learner, brief, 4)
         lineage.write(fresh)
         manifests = learn(learner, brief, 8)
-    assert accounted(manifests) == {"trained": 4, "control": 0, "without_target": 4}
+    assert accounted(manifests) == counts(trained=4, control=0, without_target=4)
     letters = lineage.letters()
     assert len(letters) == 4
     assert {letter.reason for letter in letters} == {"bad_value"}
