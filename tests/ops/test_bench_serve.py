@@ -87,6 +87,12 @@ async def test_a_closed_loop_has_as_many_requests_under_way_as_clients() -> None
     assert outcome.late_p99_s == 0.0
 
 
+async def test_a_service_slower_than_the_cell_is_measured_all_the_same() -> None:
+    async with service(stall_s=0.5, at=1) as url:
+        outcome = await asked(plan(url, clients=1, seconds=0.1))
+    assert outcome.answered == outcome.offered >= 1
+
+
 @pytest.mark.parametrize(
     ("answer", "counted"),
     [
