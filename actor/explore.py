@@ -34,6 +34,19 @@ class Exploration:
         return cls(settings.explore_slots, settings.explore_new, settings.explore_span)
 
 
+def alike(tree: Tree, taken: Keys, slots: int, rng: np.random.Generator) -> list[tuple[int, float]]:
+    """Leaves drawn without replacement, every one alike, and their log-probabilities; fewer where not so many are
+    left. As a `Pool` in which all are new would, but all slots at once: it is asked when there is no time."""
+    ranks = np.unique(tree.ranks_of(taken))
+    gone = ranks[ranks >= 0]
+    left = len(tree) - len(gone)
+    drawn = rng.choice(left, min(slots, left), replace=False)
+    ranks = drawn + np.searchsorted(gone - np.arange(len(gone)), drawn, side="right")
+    return [
+        (tree.key_at(rank), -float(np.log(left - slot))) for slot, rank in enumerate(ranks.tolist())
+    ]
+
+
 class _Uniform:
     """A tree's leaves of which some are gone; draws among the others, at the cost of those that are gone."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actor.explore import Exploration, Pool
+from actor.explore import Exploration, Pool, alike
 from actor.policy import ServedPolicy
 from actor.sampling import Slates, draw, last_hop
 from actor.search import Step
@@ -158,10 +158,7 @@ def fall_back(
     """A slate without the policy: every valid leaf alike, without replacement. It says that it is not the
     policy's."""
     slate = _Slate(one, catalogue, rng)
-    pool = Pool(
-        one.tree, one.tree, one.excluded, one.explore.new
-    )  # where all are new, all are alike
-    for key, logp in pool.draw(one.count + one.explore.slots, rng):
+    for key, logp in alike(one.tree, one.excluded, one.count + one.explore.slots, rng):
         slate.show("other", key, logp)
     return slate.exposure("other", policy.version, temperature, now_ms)
 

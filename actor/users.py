@@ -31,6 +31,7 @@ class Users:
         self._overlay: dict[str, OrderedDict[tuple[str, int], Behaviour]] = {}
         self._shown: dict[str, deque[str]] = {}
         self._slates: dict[str, OrderedDict[str, list[str]]] = {}
+        self._read: tuple[bytes, History] | None = None
 
     def take_history(self, user: str, value: bytes | None) -> None:
         """A record of `histories`; raises `UnreadableError` and keeps what was there."""
@@ -119,4 +120,8 @@ class Users:
 
     def _history(self, user: str) -> History | None:
         value = self._histories.get(user)
-        return decode(history_decoder, value) if value is not None else None
+        if value is None:
+            return None
+        if self._read is None or self._read[0] is not value:  # a request reads its user's twice
+            self._read = value, decode(history_decoder, value)
+        return self._read[1]

@@ -39,17 +39,21 @@ def user_row(user: str, rows: int) -> int:
 
 def pack_behaviours(behaviours: Iterable[tuple[Behaviour, SemanticId]], now_ms: int) -> bytes:
     """The context bytes of an exposure at `now_ms`, oldest behaviour first."""
-    rows = [
-        (
-            sid,
-            behaviour.actions,
-            behaviour.play_ms,
-            behaviour.duration_ms,
-            min(max(0, now_ms - behaviour.end_ms), 0xFFFFFFFF),
-        )
-        for behaviour, sid in behaviours
-    ]
-    return np.array(rows, dtype=BEHAVIOUR).tobytes()
+    known = list(behaviours)
+    if not known:
+        return b""
+    packed_T = np.empty(len(known), dtype=BEHAVIOUR)
+    # Column by column, each of its own type: rows as tuples take five times as long.
+    columns = {
+        "codes": [sid for _, sid in known],
+        "actions": [behaviour.actions for behaviour, _ in known],
+        "play_ms": [behaviour.play_ms for behaviour, _ in known],
+        "duration_ms": [behaviour.duration_ms for behaviour, _ in known],
+        "age_ms": [min(max(0, now_ms - behaviour.end_ms), 0xFFFFFFFF) for behaviour, _ in known],
+    }
+    for name, values in columns.items():
+        packed_T[name] = np.array(values, dtype=BEHAVIOUR[name].base)
+    return packed_T.tobytes()
 
 
 def features(behaviours_N: NDArray[np.void]) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 from urllib.error import URLError
@@ -99,63 +99,49 @@ def _history(
     )
 
 
-@dataclass(frozen=True)
-class Lineage:
-    """A cluster with a published version; actors may be started on it."""
-
-    config: Config
-    folder: Path
-
-    @contextmanager
-    def actors(self, settings: Mapping[str, tuple[str, ...]]) -> Iterator[dict[str, str]]:
-        """Actors with these settings each, by name; yields their addresses once all are ready."""
-        roles: list[Role] = []
-        try:
-            found = {}
-            for name, sets in settings.items():
-                port = free_port()
-                roles.append(
-                    self._role("actor", name, f"actor.port={port}", f"actor.member={name}", *sets)
-                )
-                found[name] = f"http://{self.config.actor.host}:{port}"
-            for url in found.values():
-                _await_ready(url, roles)
-            yield found
-        finally:
-            for role in roles:
-                role.stop()
-
-    def publish_first(self, start: Start) -> None:
-        """Version 1 of a start, on the log."""
-        publish(start, self.config.kafka)
-        role = self._role("learner", "learner", more=("--start-from", str(start.folder)))
-        try:
-            with self.actors({"first": ()}):  # ready when it has the version
-                role.check()
-        finally:
-            role.stop()
-
-    def _role(self, role: str, name: str, *sets: str, more: tuple[str, ...] = ()) -> Role:
-        folder = self.folder / "run" / name
-        path = write_config(self.config, folder)
-        arguments = ["--config", str(path), *more, *(f"--set={one}" for one in sets)]
-        return Role(role, arguments, folder)
-
-
 @contextmanager
-def lineage(
-    config: Config, folder: Path, items: int, lengths: Sequence[int], seed: int
-) -> Iterator[Lineage]:
-    """An embedded broker in an empty `folder`, with a lineage; raises `UserError` where there is one already."""
+def actors(
+    config: Config,
+    folder: Path,
+    items: int,
+    lengths: Sequence[int],
+    settings: Mapping[str, tuple[str, ...]],
+    seed: int,
+) -> Iterator[dict[str, str]]:
+    """Actors with these settings each, by name, on an embedded broker in an empty `folder`; yields their addresses
+    once all are ready.
+
+    Raises `UserError` where there is a folder already, or a process ends.
+    """
     if folder.exists():
         raise UserError(f"{folder} holds an earlier run; remove it, or name another --data-dir.")
     folder.mkdir(parents=True)
     config = replace(config, storage=replace(config.storage, data_dir=str(folder)))
     start = start_of(config, folder / "start", items, lengths, seed)
     with open_cluster(config, lambda _: None) as cluster:
-        made = Lineage(cluster.config, folder)
-        made.publish_first(start)
-        yield made
+        publish(start, cluster.config.kafka)
+        roles: list[Role] = []
+
+        def begin(role: str, name: str, *arguments: str) -> None:
+            own = folder / "run" / name
+            path = write_config(cluster.config, own)
+            roles.append(Role(role, ["--config", str(path), *arguments], own))
+
+        try:
+            begin("learner", "learner", "--start-from", str(start.folder))
+            found = {}
+            for name, sets in settings.items():
+                port = free_port()
+                given = (f"actor.port={port}", f"actor.member={name}", *sets)
+                begin("actor", name, *(f"--set={one}" for one in given))
+                found[name] = f"http://{config.actor.host}:{port}"
+            for url in found.values():
+                _await_ready(url, roles)
+            roles.pop(0).stop()  # its version is served: it has nothing more to do
+            yield found
+        finally:
+            for role in roles:
+                role.stop()
 
 
 def _await_ready(url: str, roles: Sequence[Role]) -> None:

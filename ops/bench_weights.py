@@ -19,9 +19,8 @@ from rich.table import Table
 
 from learner.policy import build, state_of
 from learner.settings import PolicySettings
-from ops.bench_serve_parts import lineage
 from ops.bench_weights_dense import dense_shares, exact_after
-from ops.bench_weights_parts import VERSIONS_PER_S, transport
+from ops.bench_weights_parts import VERSIONS_PER_S, served, transport
 from ops.bench_weights_swaps import swaps
 from ops.config import Config
 from ops.errors import UserError
@@ -86,7 +85,7 @@ def measured(
     for case in [*CASES, *([LARGE] if large else [])]:
         say(f"{case.name}: publishing")
         here = _with(config, case)
-        with lineage(here, folder / case.name, ITEMS, (HISTORY,), seed) as made:
+        with served(here, folder / case.name, ITEMS, HISTORY, seed) as made:
             count = max(10, round(versions * case.share))
             found["applied"][case.name] = transport(made, count, case.every_s, seed)
     say("the dense part")
@@ -99,7 +98,7 @@ def measured(
     found["deltas"] = deltas
     found["exact_after_deltas"] = exact_after(state, deltas, seed)
     say(f"{swapped} swaps")
-    with lineage(_with(config, TINY), folder / "swaps", ITEMS, (HISTORY,), seed) as made:
+    with served(_with(config, TINY), folder / "swaps", ITEMS, HISTORY, seed) as made:
         found["serving"] = swaps(made, swapped, HISTORY, seed)
     return found
 

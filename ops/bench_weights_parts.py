@@ -8,7 +8,10 @@ Notable choices
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +19,9 @@ import numpy as np
 from learner.checkpoint import Progress, load
 from learner.policy import USERS
 from learner.publication import Publisher, Terms
-from ops.bench_serve_parts import Lineage
+from ops.bench_serve_parts import actors
+from ops.broker import running_broker
+from ops.config import Config
 from ops.start import Start
 from streams.blocks import State
 from streams.clients import records
@@ -28,6 +33,24 @@ from streams.weights_log import version_at
 REQUESTS_PER_S: Final = 100
 VERSIONS_PER_S: Final = 5
 MOVE: Final = np.float32(1e-3)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A lineage with one actor."""
+
+    config: Config
+    folder: Path
+    url: str
+
+
+@contextmanager
+def served(config: Config, folder: Path, items: int, history: int, seed: int) -> Iterator[Served]:
+    """An actor on a broker of its own in an empty `folder`; raises `UserError` where there is one already."""
+    with actors(config, folder, items, (history,), {"actor": ()}, seed) as urls:
+        kafka = replace(config.kafka, bootstrap=running_broker(folder) or "")
+        storage = replace(config.storage, data_dir=str(folder))
+        yield Served(replace(config, kafka=kafka, storage=storage), folder, urls["actor"])
 
 
 class Moving:
@@ -60,7 +83,7 @@ class Mover:
     took_s: list[float] = field(default_factory=list)
 
     @classmethod
-    def on(cls, lineage: Lineage, seed: int) -> "Mover":
+    def on(cls, lineage: Served, seed: int) -> "Mover":
         """Goes on from the newest version of a lineage."""
         learn, bootstrap = lineage.config.learn, lineage.config.kafka.bootstrap
         path = Start.at(lineage.folder / "start").policy
@@ -92,7 +115,7 @@ class Mover:
             due = max(due + every_s, time.monotonic() - every_s)
 
 
-def applied_s(lineage: Lineage, manifests: list[Manifest]) -> list[float]:
+def applied_s(lineage: Served, manifests: list[Manifest]) -> list[float]:
     """From the beginning of each version's publication to the swap at the actor, of those it took."""
     wanted = {manifest.version for manifest in manifests}
     found = []
@@ -103,14 +126,13 @@ def applied_s(lineage: Lineage, manifests: list[Manifest]) -> list[float]:
     return found
 
 
-def transport(lineage: Lineage, count: int, every_s: float, seed: int) -> dict[str, Any]:
+def transport(lineage: Served, count: int, every_s: float, seed: int) -> dict[str, Any]:
     """Publish to one actor, and say how long each version took to be served."""
     mover = Mover.on(lineage, seed)
     try:
-        with lineage.actors({"actor": ()}):
-            mover.publish_steadily(count, every_s)
-            time.sleep(1.0 + 2 * max(mover.took_s))
-            waits = np.array(applied_s(lineage, mover.manifests))
+        mover.publish_steadily(count, every_s)
+        time.sleep(1.0 + 2 * max(mover.took_s))
+        waits = np.array(applied_s(lineage, mover.manifests))
     finally:
         mover.publisher.close()
     full = sum(value.nbytes for value in mover.moving.state.values())

@@ -8,15 +8,14 @@ Notable choices
 """
 
 import threading
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
 from ops.audit_propensity import audit_propensity
 from ops.bench_serve_load import Outcome, Plan, load
-from ops.bench_serve_parts import Lineage, users_of
-from ops.bench_weights_parts import VERSIONS_PER_S, Mover
+from ops.bench_serve_parts import users_of
+from ops.bench_weights_parts import VERSIONS_PER_S, Mover, Served
 
 CLIENTS: Final = 32
 COUNT: Final = 6
@@ -24,27 +23,25 @@ BLOCK_S: Final = 8.0
 WARM_S: Final = 0.5
 
 
-def swaps(lineage: Lineage, count: int, history: int, seed: int) -> dict[str, Any]:
+def swaps(lineage: Served, count: int, history: int, seed: int) -> dict[str, Any]:
     """Serve through `count` swaps."""
     mover = Mover.on(lineage, seed)
     per_block = int(BLOCK_S * VERSIONS_PER_S)
     quiet: list[Outcome] = []
     moved: list[Outcome] = []
     try:
-        with lineage.actors({"actor": ()}) as urls:
-            plan = Plan(url=urls["actor"], users=users_of(history), count=COUNT, seconds=BLOCK_S)
-            most = load(_of(plan, clients=CLIENTS)).per_second
-            for block in range(-(-count // per_block)):
-                open_loop = _of(plan, rate=most / 2, seed=seed + block)
-                if block % 2:
-                    quiet.append(load(open_loop))
-                moved.append(_under_swaps(mover, open_loop, per_block))
-                if not block % 2:
-                    quiet.append(load(open_loop))
+        plan = Plan(url=lineage.url, users=users_of(history), count=COUNT, seconds=BLOCK_S)
+        most = load(_of(plan, clients=CLIENTS)).per_second
+        for block in range(-(-count // per_block)):
+            open_loop = _of(plan, rate=most / 2, seed=seed + block)
+            if block % 2:
+                quiet.append(load(open_loop))
+            moved.append(_under_swaps(mover, open_loop, per_block))
+            if not block % 2:
+                quiet.append(load(open_loop))
     finally:
         mover.publisher.close()
-    config = lineage.config
-    audited = audit_propensity(replace(config, policy=config.policy))
+    audited = audit_propensity(lineage.config)
     unequal = audited.drawn_again - round(audited.bit_equal * audited.drawn_again)
     mixed = unequal + sum(audited.not_at_hand.values()) + len(audited.wrong)
     p99_s = {

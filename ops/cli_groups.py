@@ -206,6 +206,24 @@ def freshness(
     raise typer.Exit(run(config, rates, for_s, json))
 
 
+@partial(command, group=bench)
+def serve(
+    common: Common,
+    preset: Annotated[str | None, typer.Option(help="Size of the policy.")] = None,
+    items: Annotated[int, typer.Option(min=1000, help="Items of the catalogue.")] = 10_000,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of each cell.")] = 4.0,
+    budget: Annotated[float, typer.Option(min=0.001, help="Of p99, in seconds.")] = 0.1,
+    json: JsonFile = None,
+) -> None:
+    """Latency and throughput of an actor over HTTP; what batching, tables, beams and histories do to it."""
+    config = common.load({"policy.preset": preset})
+    require_writable(json)
+    from ops.bench_serve import Extent, run
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    raise typer.Exit(run(config, items, Extent(seconds=seconds, budget_s=budget), json))
+
+
 @partial(command, group=eval_)
 def shaping(
     common: Common,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from actor.explore import Exploration, Pool
+from actor.explore import Exploration, Pool, alike
 from actor.recommend import SEEDS, decode, expose, prepare
 from actor.settings import ActorSettings
 from actor.users import Users
@@ -167,3 +167,23 @@ def test_reserved_slots_are_settings() -> None:
     assert one.new.leaves().tolist() == sorted(
         keys_of(np.array([catalogue.items[f"i{n}"].sid for n in range(13, 20)]), CODES).tolist()
     )
+
+
+def test_leaves_drawn_all_alike_are_so_without_those_taken() -> None:
+    leaves = np.array([1, 5, 6, 20, 33, 47, 60])
+    tree, taken = Tree(4, leaves), np.array([60, 5, 5, 2])  # 2 does not live
+    rng = np.random.default_rng(31)
+    firsts, lasts = [], []
+    for _ in range(3000):
+        drawn = alike(tree, taken, 3, rng)
+        keys = [key for key, _ in drawn]
+        assert len({*keys}) == 3
+        assert [logp for _, logp in drawn] == pytest.approx([-np.log(n) for n in (5, 4, 3)])
+        firsts.append(keys[0])
+        lasts.append(keys[2])
+    for slot in (firsts, lasts):
+        found, counts = np.unique(slot, return_counts=True)
+        assert found.tolist() == [1, 6, 20, 33, 47]
+        assert chisquare(counts).pvalue > 1e-4
+    assert sorted(key for key, _ in alike(tree, taken, 9, rng)) == [1, 6, 20, 33, 47]
+    assert alike(tree, leaves, 2, rng) == []

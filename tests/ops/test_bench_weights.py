@@ -8,10 +8,9 @@ import pytest
 
 from learner.policy import USERS, build, state_of
 from ops import bench_weights_swaps
-from ops.bench_serve_parts import lineage
 from ops.bench_weights import checks_of
 from ops.bench_weights_dense import exact_after, rounded
-from ops.bench_weights_parts import REQUESTS_PER_S, VERSIONS_PER_S, Moving, transport
+from ops.bench_weights_parts import REQUESTS_PER_S, VERSIONS_PER_S, Moving, served, transport
 from ops.bench_weights_swaps import swaps
 from ops.config import Config
 from streams.blocks import blocked_state
@@ -47,27 +46,27 @@ def test_versions_are_served_through_swaps_without_a_failed_or_mixed_answer(
     monkeypatch.setattr(bench_weights_swaps, "BLOCK_S", 1.6)
     monkeypatch.setattr(bench_weights_swaps, "CLIENTS", 4)
     config = replace(Config(), policy=replace(Config().policy, user_rows=2000))
-    with lineage(config, tmp_path / "run", 200, (10,), 1) as made:
+    with served(config, tmp_path / "run", 200, 10, 1) as made:
         moved = transport(made, 12, 0.1, 1)
-        served = swaps(made, 8, 10, 1)
+        through = swaps(made, 8, 10, 1)
     assert moved["versions"] == 12
     assert 1 <= moved["applied"] <= 12
     assert 0 < moved["p50_s"] <= moved["p99_s"] < 30
     assert 0 < moved["delta_share"] < 1
-    assert served["swaps"] == 8
-    assert served["requests"] > 0
-    assert served["failed"] == served["mixed"] == 0
-    assert served["drawn_again"] > 0
-    assert served["max_difference_nats"] < 1e-5
+    assert through["swaps"] == 8
+    assert through["requests"] > 0
+    assert through["failed"] == through["mixed"] == 0
+    assert through["drawn_again"] > 0
+    assert through["max_difference_nats"] < 1e-5
     results = {
         "applied": {"tiny": moved},
         "delta_share": {"table": moved["delta_share"]},
         "deltas": 40,
         "exact_after_deltas": True,
-        "serving": served,
+        "serving": through,
     }
     assert all(check.ok for check in checks_of(results) if check.correctness)
-    results["serving"] = {**served, "mixed": 1}
+    results["serving"] = {**through, "mixed": 1}
     assert [check.name for check in checks_of(results) if check.correctness and not check.ok] == [
         "mixed"
     ]
