@@ -21,9 +21,18 @@ class ServedPolicy:
     manifest: Manifest
     model: LazyDecoder
 
+    @property
+    def shape(self) -> tuple[str, int, int]:
+        """Preset and context, codes, user rows."""
+        return self.manifest.preset, self.manifest.codes, self.manifest.user_rows
 
-def materialise(version: Version, codebook: str, codes: int) -> ServedPolicy:
+
+def materialise(
+    version: Version, codebook: str, codes: int, before: ServedPolicy | None = None
+) -> ServedPolicy:
     """Build a version aside, from its checked state; raises `WeightError` and nothing has changed.
+
+    `before` is any other version: of the same shape, its modules serve as the pattern.
 
     `codebook` is the catalogue's: weights of another codebook would give semantic IDs another meaning. `codes` are
     those of a level, as the actor is configured.
@@ -34,8 +43,10 @@ def materialise(version: Version, codebook: str, codes: int) -> ServedPolicy:
         raise WeightError(f"{name} is of codebook {manifest.codebook}, the catalogue of {codebook}")
     if manifest.codes != codes:
         raise WeightError(f"{name} has {manifest.codes} codes a level, policy.codes is {codes}")
+    shape = (manifest.preset, manifest.codes, manifest.user_rows)
+    like = before.model if before is not None and before.shape == shape else None
     try:
-        model = served(manifest.preset, manifest.codes, manifest.user_rows, version.blocks)
+        model = served(*shape, version.blocks, like)
     except ValueError as error:
         raise WeightError(f"{name}: {' '.join(str(error).split())}") from None
     return ServedPolicy(manifest.version, manifest, model)

@@ -275,7 +275,7 @@ class Subscription:
         """Build a version in a thread: requests go on meanwhile."""
         codebook, codes = self._catalogue.codebook, self._catalogue.valid.codes
         try:
-            return await asyncio.to_thread(materialise, version, codebook, codes)
+            return await asyncio.to_thread(materialise, version, codebook, codes, self._arms.newest)
         except WeightError as error:
             log.error("refused: %s", error)
             await self._acknowledge(version.manifest, str(error))

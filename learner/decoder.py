@@ -21,6 +21,7 @@ E d_embed, K codes of a level, n single codes.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 
 from torch import Tensor, nn
 
@@ -82,6 +83,14 @@ class LazyDecoder(TargetSide):
         longest = max(map(len, packed), default=0) // BEHAVIOUR.itemsize
         length = max(1, min(longest, self.preset.context))
         return contexts(users, packed, length, self.user_rows, self.codes)
+
+    def twin(self) -> "LazyDecoder":
+        """A decoder of its own modules that shares all values, without tables; for another version to be put in."""
+        shared: list[object] = [*self.parameters(), *self.buffers(), self.context.users]
+        memo: dict[int, object] = {id(one): one for one in shared}
+        memo[id(self._tables)] = None
+        twin: LazyDecoder = deepcopy(self, memo)
+        return twin
 
     def prepare(self) -> None:
         """Make the tables that `looked_up` reads; weights must not change afterwards. Raises `ValueError` where

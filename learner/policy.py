@@ -62,18 +62,20 @@ USERS = "context.users.weight"
 """The table that has a row for each user, of which a version moves few."""
 
 
-def served(shape: str, codes: int, user_rows: int, blocks: BlockState) -> LazyDecoder:
+def served(
+    shape: str, codes: int, user_rows: int, blocks: BlockState, like: LazyDecoder | None = None
+) -> LazyDecoder:
     """The policy of a state, sharing its memory: to be asked, not trained, and the state not to be written to.
 
-    The user table stays in blocks, so that a version costs no copy of it. Raises `PolicyError`.
+    The user table stays in blocks, so that a version costs no copy of it. `like` is another version of this shape,
+    which spares making the modules anew. Raises `PolicyError`.
     """
-    with torch.device("meta"):  # no memory, no random numbers
-        model = build(shape, codes, user_rows)
+    model = build(shape, codes, user_rows) if like is None else like.twin()
     tensors = {
         name: torch.from_numpy(tensor.array) for name, tensor in blocks.items() if name != USERS
     }
     table = blocks.get(USERS)
-    asked = tuple(model.context.users.weight.shape)
+    asked = (user_rows, model.preset.d_user)
     if table is None or table.shape != asked:
         raise PolicyError(
             f"state does not fit the policy: {USERS} is {table and table.shape}, {asked} is asked for"
@@ -83,10 +85,6 @@ def served(shape: str, codes: int, user_rows: int, blocks: BlockState) -> LazyDe
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise PolicyError(f"state does not fit the policy: {error}") from None
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # counters of training, which no state holds
-                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
     model.eval().requires_grad_(False)
     model.prepare()
     return model
