@@ -52,6 +52,10 @@ def of_whole_level(step: Callable[[Tensor], Tensor]) -> Step:
     return of_children
 
 
+class NotFiniteError(ValueError):
+    """A policy that cannot be drawn from: it must not be served."""
+
+
 @dataclass(frozen=True)
 class Slates:
     """One draw per request, slots in the order of their perturbed scores.
@@ -89,7 +93,7 @@ def draw(
     """Draw `slate` distinct leaves per request over its valid tree.
 
     `excluded` holds leaf keys, one array a request; without it `requests` says how many there are.
-    Raises `ValueError` where the policy's logits are not finite.
+    Raises `NotFiniteError` where the policy's logits are not finite.
     """
     if slate < 1:
         raise ValueError(f"a slate has at least one slot, got {slate}")
@@ -239,7 +243,7 @@ class _Search:
             # Divided in the logits' own type, as the learner does; then wide enough to sum to one.
             scaled_n = (logits_n / self._temperature).cpu().double().numpy()
         if not np.isfinite(scaled_n).all():
-            raise ValueError(f"the policy's logits of level {depth + 1} are not finite")
+            raise NotFiniteError(f"the policy's logits of level {depth + 1} are not finite")
         self._levels.append(_Level(children, self._row_BM.size, scaled_n))
         return self._levels[-1]
 

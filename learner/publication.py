@@ -3,7 +3,8 @@
 Notable choices
 - One transactional id for all learners of a cluster: starting a second one fences the first (Kafka transactions), so
   a learner that lost its place cannot publish. A version's records, the tombstones of expired ones, and the dead
-  letters of what its steps could not use are one transaction.
+  letters of what its steps could not use are one transaction. A version's time to expire begins when its successor
+  is made: after a pause the last one is still there to go back to.
 - A transaction has a time limit, after which its outcome is not known: the producer is replaced by one of the same
   id, which fences it and ends what it left open, and the log says whether the version is there. (kafka-python 3.0
   waits for ever in a commit when the broker refuses its connection at that moment.)
@@ -16,6 +17,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from threading import Thread
 from typing import TypeVar
 
@@ -126,10 +128,11 @@ class Publisher:
         parts: list[_Record] = [
             (WEIGHTS_ANCHORS, key.encode(), value) for key, value in pack(manifest, state)
         ]
+        numbers = sorted(self._kept)
         expired = [
             version
-            for version, kept in self._kept.items()
-            if version not in named and kept.created_ms < now_ms - self._horizon_ms
+            for version, successor in pairwise(numbers)
+            if version not in named and self._kept[successor].created_ms < now_ms - self._horizon_ms
         ][:MAX_TOMBSTONES]
         parts += [
             (WEIGHTS_ANCHORS, key.encode(), None)

@@ -9,7 +9,7 @@ Notable choices (contract of the policy, "Versions")
   the version whose journal accounts for it.
 - Several ranks take their turns together: each says what it has, and all step, publish or end by the same rule.
 - What would do harm is not published, and a roll-back is followed (learner/keeper.py): all ranks go back to the same
-  weights. The version before the one published never expires, so that there is something to go back to.
+  weights.
 """
 
 import logging
@@ -253,7 +253,7 @@ class Learner:
         entries = merged([entries for entries, *_ in everyone])
         progress = self.progress
         back = self._gone_back(source)
-        named = set(source.control.pinned.values()) | {progress.version}
+        named = set(source.control.pinned.values())
         progress.version += 1
         if back is not None:
             TAKEN.labels("condemned").inc(sum(entry.trained for entry in entries))
