@@ -41,7 +41,8 @@ log = logging.getLogger("dwell.actor")
 
 SLOTS = Counter("dwell_actor_slots_total", "Slots asked for and filled", ["what"])
 FALLBACKS = Counter(
-    "dwell_actor_fallbacks_total", "Slates served without the policy, for want of time"
+    "dwell_actor_fallbacks_total",
+    "Slates served without the policy: no time, or it cannot be drawn from",
 )
 HARMS = Counter(
     "dwell_actor_harms_total", "Returns asked for in a version's first seconds", ["arm"]
@@ -242,6 +243,7 @@ class Service:
             return fall_back(policy, prepared, self._catalogue, temperature, self._rng, now_ms)
         except NotFiniteError as error:
             FALLBACKS.inc()
+            log.warning("version %d: %s", policy.version, error)
             seen = policy.version, str(error), time.monotonic()
             self._heed(prepared.arm, lambda watch: watch.broken(*seen))
             now_ms = int(time.time() * 1000)

@@ -107,7 +107,7 @@ def test_where_samples_were_deleted_the_published_weights_are_adopted_and_counte
 
 
 def test_journals_that_have_expired_are_missed_in_one_sentence(lineage: Lineage) -> None:
-    hasty = replace(STEPWISE, weights_horizon_s=0.0)
+    hasty = replace(STEPWISE, weights_horizon_s=0.0, keep_checkpoints=20)
     lineage.write(lineage.samples(16, seed=4))
     with lineage.started(hasty) as learner:
         last = learn(learner, lineage, 16)[-1]
