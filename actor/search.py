@@ -29,6 +29,10 @@ Ints = NDArray[np.int64]
 Value = TypeVar("Value", np.float64, np.int64)
 
 
+class NotFiniteError(ValueError):
+    """A policy that cannot be drawn from: it must not be served."""
+
+
 def of_whole_level(step: Callable[[Tensor], Tensor]) -> Step:
     """A `Step` of a policy that computes the logits `[B, M, K]` of all codes."""
 
@@ -125,7 +129,7 @@ class Search:
             # Divided in the logits' own type, as the learner does; then wide enough to sum to one.
             scaled_n = (logits_n / self._temperature).cpu().double().numpy()
         if not np.isfinite(scaled_n).all():
-            raise ValueError(f"the policy's logits of level {depth + 1} are not finite")
+            raise NotFiniteError(f"the policy's logits of level {depth + 1} are not finite")
         self.levels.append(Level(children, self._row_BM.size, scaled_n))
         return self.levels[-1]
 

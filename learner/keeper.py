@@ -1,4 +1,4 @@
-"""Decides before each publication whether the learner must go back, and to what: by its guard, and by roll-backs.
+"""Decides before each publication whether the learner must go back, and to what: by guard, roll-backs and rewards.
 
 Notable choices (contract of the policy, "Versions")
 - Only the first rank decides; the others are told the weights.
@@ -6,12 +6,16 @@ Notable choices (contract of the policy, "Versions")
   number, and what the refused steps took is accounted for as condemned. It may be what was harmful.
 - A roll-back is answered once: until the answer has been read back from `control`, its order among other commands
   is not known, so the same roll-back is not acted upon again.
+- A drop of the rewards below control's is acted on here, without a command of its own: the answer on `control`, with
+  the reason, comes with the version that the arm then serves. If the version older than the drop is not there, the
+  learner goes back to what control serves. Rewards of condemned versions, and of a pinned arm, say nothing new.
 - A version that is not in the log any more cannot be gone back to. It is said once; learning goes on, and the arm
   stays where `control` has it.
 """
 
 import logging
 import time
+from functools import partial
 from typing import Literal, NamedTuple
 from uuid import uuid4
 
@@ -23,16 +27,21 @@ from learner.guard import Guard
 from learner.policy import build
 from learner.ranks import Ranks
 from learner.recovery import RecoveryError, published_state
+from learner.reward_test import Drop, RewardTest
 from learner.settings import LearnSettings
 from learner.source import Source
 from streams.blocks import State
-from streams.control import LEARNING_ARM, Rollback
-from streams.events import Command
+from streams.control import CONTROL_ARM, LEARNING_ARM, ControlState, Rollback, is_condemned
+from streams.events import Command, Sample
 
 log = logging.getLogger("dwell.learner")
 
 RETURNS = Counter("dwell_learner_returns_total", "Returns to an earlier version", ["by"])
 FIGURES = Gauge("dwell_learner_guard", "What the guard saw of the last candidate", ["what"])
+EVIDENCE = Gauge(
+    "dwell_learner_reward_evidence",
+    "That learning earns less than control; learn.reward_alarm is the limit",
+)
 GUARD_SECONDS = Gauge("dwell_learner_guard_seconds", "Time of the guard's last verdict")
 
 WHO = "learner"
@@ -74,15 +83,38 @@ class Keeper:
         self.guard.good = state
         self._answered = 0
         self._unmet: Rollback | None = None
+        self._rewards = RewardTest(learn.reward_alarm)
+        self._drop: Drop | None = None
+
+    def listen(self, source: Source) -> None:
+        """Hear of all samples from now on."""
+        if self._rewards.threshold > 0:
+            source.heard = partial(self._hear, source.control)
+
+    def _hear(self, control: ControlState, sample: Sample) -> None:
+        if sample.arm == LEARNING_ARM:
+            if sample.arm in control.pinned:
+                self._rewards.start_again()
+                return
+            if is_condemned(sample.policy_version, control.condemned):
+                return
+        found = self._rewards.see(sample)
+        self._drop = self._drop or found
+        EVIDENCE.set(self._rewards.evidence)
 
     def called_back(self, source: Source) -> bool:
         """Whether there is a roll-back to be followed now."""
-        return self._pending(source) is not None
+        return self._pending(source) is not None or self._drop is not None
 
     def decide(self, source: Source, candidate: State, last: int) -> Return | None:
         """Whether to go back instead of publishing `candidate` after version `last`."""
         pending = self._pending(source)
         back = self._rolled_back(pending, last) if pending is not None else None
+        if self._drop is not None:
+            back = back or self._dropped(source.control, self._drop, last)
+            self._drop = None
+        if back is not None:
+            self._rewards.start_again()
         return back or self._judged(source, candidate, last)
 
     def _pending(self, source: Source) -> Rollback | None:
@@ -102,6 +134,30 @@ class Keeper:
         why = f"the learner went back to version {pending.version}"
         log.warning("version %d: %s", last + 1, why)
         return Return(pending.version, state, "follow", why)
+
+    def _dropped(self, control: ControlState, drop: Drop, last: int) -> Return | None:
+        told = (
+            f"the learning arm has earned {drop.learning:.3g} a request, control {drop.control:.3g}, over "
+            f"{drop.comparisons} of each"
+        )
+        self._rewards.start_again()
+        older = drop.version
+        while is_condemned(older, control.condemned):
+            older -= 1
+        for version in (older, control.pinned.get(CONTROL_ARM, 0)):
+            if not 0 < version < last:
+                continue
+            try:
+                state = published_state(self._bootstrap, version)
+            except RecoveryError as error:
+                log.warning("%s", error)
+                continue
+            self.guard.good = state
+            RETURNS.labels("rewards").inc()
+            log.error("version %d is version %d again: %s", last + 1, version, told)
+            return Return(version, state, "follow", f"{told}: back to version {version}")
+        log.error("%s, and there is no older version to go back to", told)
+        return None
 
     def _judged(self, source: Source, candidate: State, last: int) -> Return | None:
         began = time.perf_counter()

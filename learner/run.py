@@ -118,6 +118,7 @@ class Learner:
             if state is not None and self._ranks.rank == 0:
                 where = self._kafka.bootstrap
                 self._keeper = Keeper(where, self._learn, self.progress, state, self._ranks)
+                self._keeper.listen(self._source)
         log.info("at version %d, lineage %s", self.progress.version, self.progress.lineage)
 
     def run(self, stop: threading.Event) -> None:

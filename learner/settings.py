@@ -67,6 +67,9 @@ class LearnSettings:
     """Do not publish below this share of the uniform law's entropy."""
     guard_top_share: Positive = 0.5
     """Do not publish what gives one item more than this of all probability, and thrice as much as before."""
+    reward_alarm: NotNegative = 1e8
+    """Go back when the learning arm earns less than control; a false alarm once in so many requests of each, at most
+    (0: never go back for that)."""
     seed: Whole = 7
     """Seed of initial weights and of everything random in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

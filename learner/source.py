@@ -12,6 +12,7 @@ Notable choices
 
 import logging
 import time
+from collections.abc import Callable
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
@@ -73,6 +74,8 @@ class Source:
             if ranks.owns(number)
         ]
         self._letters: list[DeadLetter] = []
+        self.heard: Callable[[Sample], None] = lambda _: None
+        """Called with every sample, of all arms, in the order of the log."""
         self.answered = 0
         """The newest version with which a learner has answered a roll-back."""
         self._client: KafkaConsumer | None = None
@@ -195,7 +198,9 @@ class Source:
 
     def _sample(self, record: ConsumerRecord) -> Sample | None:
         try:
-            return decode(sample_decoder, record.value)
+            sample = decode(sample_decoder, record.value)
+            self.heard(sample)
+            return sample
         except UnreadableError as error:
             place = (record.partition, record.offset, record.key, record.value or b"")
             self._bury(error.reason, error.detail, *place)

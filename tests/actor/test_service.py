@@ -579,7 +579,7 @@ async def test_a_passing_fault_of_kafka_is_waited_for(
         assert not actor.service.fault
 
 
-async def test_weights_whose_logits_are_not_finite_fail_their_requests_alone(
+async def test_weights_whose_logits_are_not_finite_give_fallback_slates_and_harm_no_other_arm(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.fill_catalogue()
@@ -595,8 +595,10 @@ async def test_weights_whose_logits_are_not_finite_fail_their_requests_alone(
     world.publish(2, damage=poisoned)
     async with acting(world) as actor:
         assert await actor.arms() == {"control": 1, "learning": 2}
-        assert (await actor.recommend(LEARNING)).status == 500
-        assert (await actor.recommend(CONTROLLED)).status == 200
+        answer = await actor.recommend(LEARNING)
+        assert (answer.status, answer.json["fallback"]) == (200, True)
+        answer = await actor.recommend(CONTROLLED)
+        assert (answer.status, answer.json["fallback"]) == (200, False)
         assert not actor.service.fault
     assert "not finite" in caplog.text
 

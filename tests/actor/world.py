@@ -28,6 +28,7 @@ from streams.events import (
     Exposure,
     Feedback,
     SemanticId,
+    command_decoder,
     decode,
     encode,
     exposure_decoder,
@@ -111,10 +112,11 @@ class World:
         codebook: str = CODEBOOK,
         damage: Damage = lambda _, parts: parts,
         codes: int = CODES,
+        model: LazyDecoder | None = None,
     ) -> None:
-        """A version with weights of its own."""
+        """A version with weights of its own, or those of `model`."""
         preset = build("tiny", 2, 1).preset
-        state = state_of(random_model(preset, codes, ROWS, seed=100 + version))
+        state = state_of(model or random_model(preset, codes, ROWS, seed=100 + version))
         self.states[version] = state
         manifest = self._manifest(version, codebook, codes)
         parts = damage(manifest, pack(manifest, state, self.signer))
@@ -168,6 +170,15 @@ class World:
     def follow(self, arm: str) -> None:
         """A command."""
         self._command(action="follow", arm=arm)
+
+    def answer(self, restored: int, version: int) -> None:
+        """A learner's, to a roll-back."""
+        self._command(action="follow", arm="learning", version=version, restored=restored)
+
+    def commands(self) -> list[Command]:
+        """What stands on `control`."""
+        found = records(self.kafka.bootstrap, CONTROL)
+        return [decode(command_decoder, record.value) for record in found]
 
     def _command(self, **what: Any) -> None:
         command = Command(id="c", time_ms=0, who="test", why="test", **what)

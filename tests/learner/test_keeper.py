@@ -28,6 +28,7 @@ from streams.weights import Manifest
 from streams.weights_log import manifests_after
 from tests.learner.cluster import published
 from tests.learner.lineage import (
+    HASTY,
     STEPWISE,
     Lineage,
     accounted,
@@ -37,6 +38,7 @@ from tests.learner.lineage import (
     running,
     until,
 )
+from tests.learner.makers import Shown, sample
 from tests.learner.poison import POISONS
 
 WITHIN_S = 10.0
@@ -105,8 +107,8 @@ def polled(source: Source, true: Callable[[], bool]) -> None:
 
 
 def served_by(version: int, samples: list[Sample]) -> list[Sample]:
-    for sample in samples:
-        sample.policy_version = version
+    for each in samples:
+        each.policy_version = version
     return samples
 
 
@@ -243,6 +245,53 @@ def test_a_version_that_is_not_there_cannot_be_gone_back_to_and_learning_goes_on
     assert accounted(manifests) == counts(trained=20)
     assert caplog.text.count("version 70 is not whole in the log") == 1
     assert control(lineage).pinned == {"learning": 70}
+
+
+def test_a_drop_of_the_rewards_leads_back_to_before_it(lineage: Lineage) -> None:
+    """Its figures are those of a policy; only its viewers tell."""
+    settings = replace(HASTY, reward_alarm=100.0)
+    lineage.command(pin("control", 1))
+    with lineage.started(settings) as learner:
+        last = learned(learner, lineage)[-1].version
+        usual = earned(100, 1, 20_000, "control")
+        interleaved(lineage, earned(60, 2, 30_000), usual[:60])
+        count = learn(learner, lineage, 140)[-1].version
+        interleaved(lineage, earned(40, last, 1_000), usual[60:])
+        with running(learner) as ended:
+            until(lambda: bool(ended) or control(lineage).condemned != [])
+        assert not ended, ended
+    manifests = [manifest for manifest, _ in published(lineage.kafka)]
+    (back,) = [manifest for manifest in manifests if manifest.restored]
+    assert back.version > count
+    assert back.restored == 1, "older than version 2, from which on it was in doubt"
+    assert back.digest == manifests[back.restored - 1].digest
+    _, said = commands(lineage)
+    assert (said.action, said.restored, said.version) == ("follow", back.restored, back.version)
+    assert "the learning arm has earned 0.0333 a request, control 0.667" in said.why
+    assert made_again(lineage, lineage.start) == len(manifests)
+
+
+def interleaved(lineage: Lineage, learning: list[Sample], usual: list[Sample]) -> None:
+    """Both arms in both partitions."""
+    lineage.write(
+        [
+            each
+            for n in range(0, len(usual), 2)
+            for arm in (learning, usual)
+            for each in arm[n : n + 2]
+        ]
+    )
+
+
+def earned(count: int, version: int, play_ms: int, arm: str = "learning") -> list[Sample]:
+    """Requests whose one item of 30 s was played for so long."""
+    made = [
+        sample(f"r{n}", [Shown((0, 0, 0))], 59, user=f"u{n}", arm=arm, policy_version=version)
+        for n in range(count)
+    ]
+    for each in made:
+        each.items[0].play_ms = play_ms
+    return made
 
 
 def test_a_pin_does_not_make_the_learner_go_back(lineage: Lineage) -> None:

@@ -118,7 +118,7 @@ def test_a_rank_that_dies_ends_the_others_in_one_sentence_and_loses_nothing(
 def test_all_ranks_go_back_to_the_same(lineage: Lineage, held: str) -> None:
     lineage.write(lineage.samples(24, seed=1))
     with two(lineage, held) as ranks:
-        until(lambda: taken(lineage) >= 24 or any(rank.poll() is not None for rank in ranks))
+        until(lambda: taken(lineage) >= 24 or any(rank.poll() is not None for rank in ranks), 120)
         last = len(manifests(lineage))
         back = Command(
             id="1",
@@ -140,7 +140,7 @@ def test_all_ranks_go_back_to_the_same(lineage: Lineage, held: str) -> None:
         for sample in later[::3]:
             sample.policy_version = 3
         lineage.write(later)
-        until(lambda: taken(lineage) >= 36 or any(rank.poll() is not None for rank in ranks))
+        until(lambda: taken(lineage) >= 36 or any(rank.poll() is not None for rank in ranks), 120)
         assert [rank.poll() for rank in ranks] == [None, None]
     assert accounted(manifests(lineage)) == counts(trained=32, condemned=4)
     assert made_again(lineage) == len(manifests(lineage))
