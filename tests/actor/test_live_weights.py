@@ -10,7 +10,7 @@ from actor.service import ServiceError
 from streams.events import encode
 from streams.signing import Signer, make_pair
 from streams.weights import Chunk, Manifest
-from tests.actor.test_service import CONTROLLED, LEARNING, off, serves
+from tests.actor.test_service import CONTROLLED, LEARNING, ROUNDING, off, serves
 from tests.actor.world import World, acting, until
 
 Parts = list[tuple[str, bytes]]
@@ -43,7 +43,7 @@ async def test_deltas_are_followed_and_answers_are_of_the_state_they_make(world:
             await actor.recommend(LEARNING)
         exposures = await asyncio.to_thread(world.exposures)
     assert [exposure.policy_version for exposure in exposures] == [2, 3, 4, 5]
-    assert off(world, exposures) < 1e-5
+    assert off(world, exposures) < ROUNDING
     assert refusals(world) == {}
 
 
@@ -68,7 +68,7 @@ async def test_a_damaged_delta_is_told_and_the_next_anchor_recovers(world: World
     assert set(said) == {3, 4, 5}
     assert "1 bytes" in said[3]
     assert "a delta of version 3, and version 2 is here" in said[4]
-    assert off(world, exposures) < 1e-5
+    assert off(world, exposures) < ROUNDING
 
 
 async def refused(world: World, version: int) -> bool:
@@ -120,7 +120,7 @@ async def test_an_arm_is_pinned_to_a_version_that_only_the_chain_has(world: Worl
         await actor.recommend(LEARNING)
         exposures = await asyncio.to_thread(world.exposures)
     assert sorted(exposure.policy_version for exposure in exposures) == [2, 3]
-    assert off(world, exposures) < 1e-5
+    assert off(world, exposures) < ROUNDING
 
 
 async def test_an_actor_with_a_key_takes_only_what_the_learner_signed(

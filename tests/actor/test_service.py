@@ -71,6 +71,10 @@ def catalogue_on(world: World) -> Catalogue:
     return catalogue
 
 
+ROUNDING = 1e-4
+"""Nats. The policies here are random and have logits of 15: two orders of adding up differ by 8e-5 at most."""
+
+
 def off(world: World, exposures: list[Exposure], version: int | None = None) -> float:
     """Largest difference of logged and recomputed log-probabilities, per level in nats."""
     catalogue, worst = catalogue_on(world), 0.0
@@ -101,7 +105,7 @@ async def test_an_exposure_is_on_the_log_when_its_answer_arrives(world: World) -
     assert [one["position"] for one in slate["items"]] == [0, 1, 2, 3]
     assert exposure.temperature == 0.8
     assert abs(exposure.time_ms / 1000 - time.time()) < 60
-    assert off(world, [exposure]) < 1e-5
+    assert off(world, [exposure]) < ROUNDING
 
 
 async def test_records_stand_in_their_users_partitions(world: World) -> None:
@@ -155,7 +159,7 @@ async def test_ones_own_feedback_is_in_the_context_of_the_next_request(world: Wo
     assert context_of(first) == []
     expected = [(first.items[0].sid, 7000), (first.items[2].sid, 900)]
     assert context_of(second) == expected
-    assert off(world, [second]) < 1e-5
+    assert off(world, [second]) < ROUNDING
     assert [(one.position, one.play_ms, one.client_time_ms) for one in feedback] == [
         (0, 7000, None),
         (2, 900, 5),
@@ -186,7 +190,7 @@ async def test_what_was_shown_lately_is_not_shown_again(world: World) -> None:
         assert not {item.sid for item in exposure.items} & excluded
         shown |= items
     assert len(shown) == 63
-    assert off(world, exposures) < 1e-5
+    assert off(world, exposures) < ROUNDING
 
 
 async def test_a_user_who_has_seen_everything_gets_a_sentence(world: World) -> None:
@@ -233,7 +237,7 @@ async def test_each_answer_is_of_one_version_while_versions_change_under_load(
     for exposure in exposures:
         by_version.setdefault(exposure.policy_version, []).append(exposure)
     some = [exposure for group in by_version.values() for exposure in group[:6]]
-    assert off(world, some) < 1e-5
+    assert off(world, some) < ROUNDING
     assert off(world, by_version[max(versions)][:1], version=min(versions)) > 0.05
 
 
@@ -381,7 +385,7 @@ async def test_control_moves_an_arm_to_an_older_version_without_the_learner(worl
         await until(lambda: serves(actor, 4, "control"))
         assert await actor.arms() == {"control": 4, "learning": 2}
         exposures = await asyncio.to_thread(world.exposures)
-    assert off(world, exposures) < 1e-5
+    assert off(world, exposures) < ROUNDING
     assert {one.version for one in world.acks() if one.applied} == {1, 2, 3, 4}
 
 
