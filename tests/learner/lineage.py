@@ -31,7 +31,8 @@ from streams.events import (
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, CONTROL, DEAD_LETTERS, SAMPLES
 from streams.weights import Manifest
-from tests.learner.cluster import PARTITIONS, published, writing
+from streams.weights_log import manifests_after
+from tests.learner.cluster import PARTITIONS, writing
 from tests.learner.makers import learnable, random_catalogue, upsert
 
 CODES, ROWS = 5, 64
@@ -160,12 +161,11 @@ def learn(learner: Learner, lineage: Lineage, samples: int) -> list[Manifest]:
 
     def settled() -> bool:
         assert not ended, ended
-        manifests = [manifest for manifest, _ in published(lineage.kafka)]
-        return sum(accounted(manifests).values()) >= samples
+        return sum(accounted(manifests_after(lineage.kafka.bootstrap, 0)).values()) >= samples
 
     with running(learner) as ended:
         until(settled)
-    return [manifest for manifest, _ in published(lineage.kafka)]
+    return manifests_after(lineage.kafka.bootstrap, 0)
 
 
 def one_line(error: BaseException) -> str:
