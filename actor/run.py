@@ -11,6 +11,7 @@ from actor.api import application
 from actor.service import Service, ServiceError
 from actor.settings import ActorSettings
 from learner.settings import PolicySettings
+from storage.heap import settle_heap
 from streams.settings import KafkaSettings
 
 
@@ -56,6 +57,7 @@ def listening_socket() -> socket.socket:
 
 async def _serve(listener: socket.socket, service: Service) -> None:
     async with service.open():
+        settle_heap()
         config = uvicorn.Config(
             application(service),
             log_level="warning",

@@ -30,7 +30,7 @@ from learner.masking import masked_log_softmax
 from learner.policy import load_state
 from learner.settings import LearnSettings
 from learner.valid_tree import Tree
-from streams.blocks import State
+from streams.blocks import State, not_finite
 from streams.events import LEVELS, Sample
 
 PROBES: Final = 64
@@ -225,12 +225,3 @@ def _top_share(model: LazyDecoder, of: Contexts, sids_BkL: Tensor, tree: Tree) -
     logits_BkLK = model(model.process(of), top_BkL.to(model.places.device)).cpu().float()
     logp_BkLK = masked_log_softmax(logits_BkLK, mask_BkLK)
     return float(logp_BkLK.gather(-1, top_BkL.unsqueeze(-1)).sum((-1, -2)).exp().mean())
-
-
-def not_finite(state: State) -> list[str]:
-    """Names of the tensors that hold a value which is not finite."""
-    return [
-        name
-        for name, value in sorted(state.items())
-        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all()
-    ]

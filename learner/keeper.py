@@ -9,6 +9,7 @@ Notable choices (contract of the policy, "Versions")
 - A drop of the rewards below control's is acted on here, without a command of its own: the answer on `control`, with
   the reason, comes with the version that the arm then serves. If the version older than the drop is not there, the
   learner goes back to what control serves. Rewards of condemned versions, and of a pinned arm, say nothing new.
+- A learner that signs takes back only what it signed.
 - A version that is not in the log any more cannot be gone back to. It is said once; learning goes on, and the arm
   stays where `control` has it.
 """
@@ -33,6 +34,7 @@ from learner.source import Source
 from streams.blocks import State
 from streams.control import CONTROL_ARM, LEARNING_ARM, ControlState, Rollback, is_condemned
 from streams.events import Command, Sample
+from streams.signing import signer
 
 log = logging.getLogger("dwell.learner")
 
@@ -77,6 +79,8 @@ class Keeper:
     ) -> None:
         """`state` is the last published version, or a start."""
         self._bootstrap = bootstrap
+        own = signer(learn.signing_key)
+        self._trust = None if own is None else own.trust
         with torch.random.fork_rng(devices=[]):  # the random state is part of the checkpoint
             model = build(progress.preset, progress.codes, progress.user_rows)
         self.guard = Guard(model.to(ranks.device), learn)
@@ -124,7 +128,7 @@ class Keeper:
 
     def _rolled_back(self, pending: Rollback, last: int) -> Return | None:
         try:
-            state = published_state(self._bootstrap, pending.version)
+            state = published_state(self._bootstrap, pending.version, self._trust)
         except RecoveryError as error:
             log.error("control rolls %s back, but %s", LEARNING_ARM, error)
             self._unmet = pending
@@ -148,7 +152,7 @@ class Keeper:
             if not 0 < version < last:
                 continue
             try:
-                state = published_state(self._bootstrap, version)
+                state = published_state(self._bootstrap, version, self._trust)
             except RecoveryError as error:
                 log.warning("%s", error)
                 continue

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from learner.checkpoint import Progress
 from learner.fenced import Fenced, Record, why
 from learner.retention import Retention
-from streams.blocks import BlockState, State, blocked_state, digest_of, root
+from streams.blocks import BlockState, State, blocked_state, not_finite, root
 from streams.clients import records
 from streams.delta import DeltaError, changes
 from streams.events import Command, DeadLetter, UnreadableError, decode, encode
@@ -60,7 +60,8 @@ class Terms:
 
     horizon_s: float
     """Versions can be had for at least this long."""
-    anchor_every_s: float = 30.0
+    anchor_every_s: float
+    """Between versions in full."""
     signer: Signer | None = None
 
 
@@ -94,11 +95,12 @@ class Publisher:
     def go_on_from(self, state: State) -> None:
         """Say what the state of `last` is, so that the next version can be a delta; raises `PublicationError`."""
         assert self.last is not None
-        if digest_of(state) != self.last.digest:
+        blocks = blocked_state(state)
+        if root(blocks) != self.last.digest:
             raise PublicationError(
                 f"version {self.last.version} is not published: its state has another digest"
             )
-        self._blocks = blocked_state(state)
+        self._blocks = blocks
 
     def publish(
         self,
@@ -119,9 +121,10 @@ class Publisher:
         Raises `PublicationError` when the weights are not finite, this learner has been fenced, or Kafka refuses
         or has not answered for `PATIENCE_S`.
         """
-        for name, tensor in state.items():
-            if not bool(abs(tensor).max() < float("inf")):
-                raise PublicationError(f"version {progress.version}: {name} is not finite")
+        if broken := not_finite(state):
+            raise PublicationError(
+                f"version {progress.version}: {', '.join(broken[:3])} not finite"
+            )
         delta, blocks = self._changes(state)
         full = delta is None or self._anchor_is_due(now_ms)
         manifest = Manifest(
@@ -203,10 +206,11 @@ class Publisher:
 
     def _asked_for(self, named: set[int]) -> list[tuple[Manifest, State]]:
         """The versions that an arm names and that are not there in full yet."""
+        trust = None if self._terms.signer is None else self._terms.signer.trust
         found = []
         for number in sorted(named - self._retention.anchors.keys() - self._lost):
             try:
-                version = version_at(self._bootstrap, number)
+                version = version_at(self._bootstrap, number, trust)
             except WeightError as error:
                 log.warning("an arm names a version that cannot be kept: %s", error)
                 self._lost.add(number)

@@ -35,6 +35,7 @@ from streams.clients import consumer, records
 from streams.control import condemned_by
 from streams.events import UnreadableError, dead_letter_decoder, decode, sample_decoder
 from streams.settings import KafkaSettings
+from streams.signing import Trust
 from streams.topics import CATALOGUE, DEAD_LETTERS, SAMPLES
 from streams.weights import Manifest, StepEntry, WeightError
 from streams.weights_log import manifests_after, version_at
@@ -257,9 +258,9 @@ def _at(progress: Progress, began: int, manifests: list[Manifest], last: Manifes
     return progress
 
 
-def published_state(bootstrap: str, version: int) -> State:
+def published_state(bootstrap: str, version: int, trust: Trust | None = None) -> State:
     """The state of a version, from the log; raises `RecoveryError` where that does not lead to it."""
     try:
-        return version_at(bootstrap, version).state
+        return version_at(bootstrap, version, trust).state
     except WeightError as error:
         raise RecoveryError(str(error)) from None

@@ -231,9 +231,8 @@ class Learner:
         first, sharded = self._ranks.rank == 0, self._learn.shard and self._ranks.world > 1
         return gathered(self.trainer.model) if first or sharded else None
 
-    def _gone_back(self, source: Source) -> Return | None:
+    def _gone_back(self, source: Source, candidate: State | None) -> Return | None:
         """Go back if what was learned must not be published, all ranks to the same weights; all must ask."""
-        candidate = self._weights()
         back = None
         if self._keeper is not None and candidate is not None:
             back = self._keeper.decide(source, candidate, self.progress.version)
@@ -254,7 +253,8 @@ class Learner:
         )
         entries = merged([entries for entries, *_ in everyone])
         progress = self.progress
-        back = self._gone_back(source)
+        state = self._weights()
+        back = self._gone_back(source, state)
         named = set(source.control.pinned.values())
         progress.version += 1
         if back is not None:
@@ -271,10 +271,12 @@ class Learner:
         progress.catalogue_version = source.catalogue.version
         letters = [letter for *_, letters in everyone for letter in letters]
         if back is None:
-            self._versions.publish(self._state, entries, letters, named)
+            self._versions.publish(self._state, state, entries, letters, named)
             return
         said = [back.command(progress.version, int(time.time() * 1000))]
-        self._versions.publish(self._state, entries, letters, named, said, back.restored)
+        self._versions.publish(
+            self._state, back.state, entries, letters, named, said, back.restored
+        )
 
 
 def share_out(has: Sequence[int], most: int) -> list[int]:

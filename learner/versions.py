@@ -20,10 +20,11 @@ from prometheus_client import Gauge, Histogram
 from learner.checkpoint import fits, load, load_shards, shared, to_bytes, to_folder
 from learner.policy import state_of
 from learner.publication import Publisher, Terms
-from learner.ranks import Ranks, gathered
+from learner.ranks import Ranks
 from learner.recovery import Resumed, resume
 from learner.settings import LearnSettings, PolicySettings
 from storage.checkpoints import Checkpoints
+from streams.blocks import State
 from streams.events import Command, DeadLetter
 from streams.settings import KafkaSettings
 from streams.signing import signer
@@ -72,6 +73,7 @@ class Versions:
     def publish(
         self,
         learner: Resumed,
+        state: State | None,
         entries: list[StepEntry],
         letters: Sequence[DeadLetter],
         named: set[int],
@@ -80,6 +82,7 @@ class Versions:
     ) -> None:
         """Keep and publish the learner as `progress.version`, all ranks must ask; versions in `named` are kept.
 
+        `state` is all of the learner's weights, which the rank that publishes must bring;
         `commands` are written with it; `restored` is the version that it went back to, if it did.
 
         Raises `StartError` when the disk is full, and `PublicationError`.
@@ -89,9 +92,9 @@ class Versions:
             if self._publisher is None and not sharded:
                 return
             self._keep(learner, sharded)
-            state = gathered(learner.trainer.model)
             if self._publisher is None:
                 return
+            assert state is not None
             codebook, now_ms = learner.codebooks.digest(), int(time.time() * 1000)
             manifest = self._publisher.publish(
                 *(state, learner.progress, codebook, entries, now_ms, named),

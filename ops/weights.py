@@ -21,9 +21,9 @@ from uuid import uuid4
 from rich.console import Console
 from rich.table import Table
 
-from learner.guard import not_finite
 from ops.config import Config
 from ops.errors import UserError
+from streams.blocks import not_finite
 from streams.chain import Version
 from streams.clients import producer, records
 from streams.control import ControlState

@@ -107,3 +107,12 @@ def _update(digest: blake2b, name: str, dtype: np.dtype[Any], shape: tuple[int, 
 
 def _digest(block: Bytes) -> bytes:
     return blake2b(block.data, digest_size=16).digest()
+
+
+def not_finite(state: State) -> list[str]:
+    """Names of the tensors that hold a value which is not finite."""
+    return [
+        name
+        for name, value in sorted(state.items())
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all()
+    ]

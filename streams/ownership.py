@@ -12,7 +12,6 @@ Notable choices (contract of the streams, "Exactly once comes from Kafka transac
 """
 
 import asyncio
-import gc
 import logging
 import time
 from contextlib import AsyncExitStack
@@ -23,6 +22,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListen
 from aiokafka.errors import KafkaError
 from prometheus_client import Gauge
 
+from storage.heap import settle_heap
 from streams.aioclients import begin, leave, leave_producer, tell_once
 from streams.processor import PartitionProcessor
 from streams.readback import OwnershipLostError, StreamsError
@@ -32,8 +32,6 @@ from streams.topics import EXPOSURES
 log = logging.getLogger("dwell.streams")
 
 OWNERS_GROUP: Final = "dwell-streams-owners"
-YOUNG_OBJECTS: Final = 50_000
-"""Objects made between two looks for garbage: batches make many and leave no cycles, so Python's 700 cost a tenth."""
 OWNED = Gauge("dwell_streams_partitions", "Partitions that this process works on")
 
 
@@ -184,6 +182,5 @@ async def own(
     state cannot be opened.
     """
     asyncio.get_running_loop().set_exception_handler(tell_once)
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS)
+    settle_heap()
     await Owner(kafka, join, shape, streams, state_dir).run()

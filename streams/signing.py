@@ -44,16 +44,25 @@ class Signer:
         """The signature of a manifest's bytes."""
         return self._key.sign(sealed)
 
+    @property
+    def trust(self) -> "Trust":
+        """What those who take its versions know."""
+        return Trust(self._key.public_key())
+
 
 class Trust:
     """The public key of the one learner whose versions are taken."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, key: Ed25519PublicKey) -> None:
+        self._key = key
+
+    @classmethod
+    def read(cls, path: Path) -> "Trust":
         """Raises `KeyFileError`."""
         key = _read(path, "public")
         if not isinstance(key, Ed25519PublicKey):
             raise KeyFileError(f"{path} is no Ed25519 public key")
-        self._key = key
+        return cls(key)
 
     def holds(self, sealed: bytes, signature: bytes) -> bool:
         """Whether the learner signed these bytes."""
@@ -71,7 +80,7 @@ def signer(path: str) -> Signer | None:
 
 def trust(path: str) -> Trust | None:
     """The trust of a setting; None where it is empty: whatever the log holds is taken then."""
-    return Trust(Path(path)) if path else None
+    return Trust.read(Path(path)) if path else None
 
 
 def make_pair(folder: Path) -> tuple[Path, Path]:

@@ -110,7 +110,8 @@ def version_at(bootstrap: str, number: int, trust: Trust | None = None) -> Versi
                 if isinstance(version, WeightError):
                     raise version
                 return version
-    raise WeightError(f"version {number} is not whole in the log")
+    whole = "whole" if trust is None else "whole, and signed by whom we trust,"
+    raise WeightError(f"version {number} is not {whole} in the log")
 
 
 def _taken(head: Version | None, manifest: Manifest, content: bytes) -> Version | WeightError:

@@ -20,7 +20,7 @@ from actor.settings import ActorSettings
 from tests.actor.world import CODES, POLICY, ROWS, World, until, user_of
 
 PROCESS = """
-import asyncio, sys
+import asyncio, gc, sys
 from pathlib import Path
 from actor.run import ActorError, run
 from actor.settings import ActorSettings
@@ -39,6 +39,7 @@ kafka = KafkaSettings(bootstrap=bootstrap, partitions=int(partitions))
 policy = PolicySettings(codes=int(codes), user_rows=int(rows))
 try:
     run(kafka, policy, ActorSettings(port=int(port)), Path(data_dir))
+    print("frozen:", gc.get_freeze_count(), file=sys.stderr)
 except ActorError as error:
     sys.exit(f"said: {error}")
 """
@@ -95,6 +96,10 @@ async def test_a_process_serves_until_it_is_told_to_end(world: World) -> None:
     assert "Traceback" not in said
     assert "Unclosed" not in said
     assert len(world.exposures()) == 1
+    frozen = int(said.partition("frozen: ")[2].split()[0])
+    assert (
+        frozen > 10_000
+    )  # what was there when it was ready is not looked at for garbage while it serves
 
 
 async def test_a_process_whose_reader_has_ended_ends_with_a_sentence(world: World) -> None:

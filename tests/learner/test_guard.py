@@ -9,12 +9,13 @@ import torch
 
 from learner.catalogue import Catalogue
 from learner.decoder import LazyDecoder
-from learner.guard import FEWEST, PROBES, Guard, Verdict, not_finite, read
+from learner.guard import FEWEST, PROBES, Guard, Verdict, read
 from learner.policy import build, state_of
 from learner.settings import LearnSettings
 from learner.step import Trainer
 from learner.update import train
 from learner.valid_tree import Tree, keys_of, sids_of
+from streams.blocks import not_finite
 from streams.events import Sample
 from tests.learner.makers import catalogue_of, law, learnable, random_catalogue, sample
 from tests.learner.poison import POISONS, exploded, not_a_number, one_item

@@ -23,6 +23,7 @@ from streams.blocks import digest_of
 from streams.clients import records
 from streams.control import ControlState
 from streams.events import Command, Sample, command_decoder, decode
+from streams.signing import make_pair
 from streams.topics import CONTROL
 from streams.weights import Manifest
 from streams.weights_log import manifests_after
@@ -245,6 +246,22 @@ def test_a_version_that_is_not_there_cannot_be_gone_back_to_and_learning_goes_on
     assert accounted(manifests) == counts(trained=20)
     assert caplog.text.count("version 70 is not whole in the log") == 1
     assert control(lineage).pinned == {"learning": 70}
+
+
+def test_a_learner_that_signs_goes_back_only_to_what_is_signed(
+    lineage: Lineage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with lineage.started() as learner:
+        unsigned = learned(learner, lineage)[-1].version
+    private, _ = make_pair(tmp_path / "keys")
+    signing = replace(STEPWISE, signing_key=str(private), anchor_every_s=0)
+    with lineage.started(signing) as learner:
+        lineage.write(lineage.samples(8, seed=5))
+        last = learn(learner, lineage, 28)[-1].version
+        lineage.command(rollback(unsigned, last))
+        lineage.write(lineage.samples(12, seed=6))
+        assert not any(manifest.restored for manifest in learn(learner, lineage, 40))
+        assert f"version {unsigned} is not whole, and signed by" in caplog.text
 
 
 def test_a_drop_of_the_rewards_leads_back_to_before_it(lineage: Lineage) -> None:

@@ -202,7 +202,7 @@ def test_a_trial_is_nothing_to_a_reader() -> None:
 def keys(tmp_path: Path) -> tuple[Signer, Trust]:
     private, public = make_pair(tmp_path / "keys")
     assert private.stat().st_mode & 0o077 == 0
-    return Signer(private), Trust(public)
+    return Signer(private), Trust.read(public)
 
 
 def test_a_signed_version_is_taken(keys: tuple[Signer, Trust]) -> None:
@@ -242,6 +242,10 @@ def test_a_key_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     private, public = make_pair(tmp_path)
     with pytest.raises(KeyFileError, match="is there already"):
         make_pair(tmp_path)
-    for wrong in (lambda: Signer(public), lambda: Trust(private), lambda: Trust(tmp_path / "no")):
+    for wrong in (
+        lambda: Signer(public),
+        lambda: Trust.read(private),
+        lambda: Trust.read(tmp_path / "no"),
+    ):
         with pytest.raises(KeyFileError, match=str(tmp_path)):
             wrong()
