@@ -4,9 +4,6 @@ Each rate is a demonstration of its own, as a user would start it; its log is re
 first third of a run is for warming up. A rate holds when both goals hold and the viewers got their answers.
 """
 
-import os
-import subprocess
-import sys
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +13,11 @@ import numpy as np
 from rich.console import Console
 
 from ops.cluster import visited
-from ops.config import PREFIX, Config
-from ops.config_text import commented_toml
+from ops.config import Config
+from ops.demonstration import Demonstration
 from ops.errors import UserError
 from ops.freshness import STAGES, Run, stages
 from ops.results import Check, report
-from ops.roles import last_line
 from streams.clients import records
 from streams.control import LEARNING_ARM
 from streams.events import (
@@ -57,7 +53,8 @@ def run(config: Config, rates: str, for_s: float, json: Path | None) -> int:
                     f"{folder} holds an earlier run; remove it, or name another --data-dir."
                 )
             status.update(f"{rate:g} requests a second for {for_s:g} s")
-            _demonstrate(here, for_s)
+            with Demonstration(here, folder / "bench", for_s) as demonstration:
+                demonstration.results()
             results["runs"][f"{rate:g}"] = figures(read_run(here), rate, for_s)
     first = results["runs"][f"{asked[0]:g}"]
     held = [rate for rate in asked if results["runs"][f"{rate:g}"]["holds"]]
@@ -143,27 +140,6 @@ def _read_partitions(kafka: KafkaSettings, found: Run) -> None:
                     exposure = decode(exposure_decoder, record.value)
                     if isinstance(exposure, Exposure) and exposure.arm == LEARNING_ARM:
                         found.answers.append((exposure.time_ms, exposure.policy_version))
-
-
-def _demonstrate(config: Config, for_s: float) -> None:
-    """`dwell up --demo` in a process of its own."""
-    folder = Path(config.storage.data_dir)
-    folder.mkdir(parents=True)
-    settings, log = folder / "bench.toml", folder / "bench.log"
-    settings.write_text(commented_toml(config), encoding="utf-8")
-    command = [sys.executable, "-m", "ops.cli", "up", "--demo", "--for", str(for_s)]
-    with log.open("wb") as file:
-        done = subprocess.run(
-            [*command, "--config", str(settings)],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={key: value for key, value in os.environ.items() if not key.startswith(PREFIX)},
-            check=False,
-        )
-    # 1: a check of the demonstration's own failed; the figures say which
-    if done.returncode not in (0, 1):
-        raise UserError(f"the demonstration ended: {last_line(log)}; see {log}.")
 
 
 def _at(config: Config, rate: float) -> Config:

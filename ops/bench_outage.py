@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 from rich.console import Console
 
 from ops.audit_samples import audit_samples, figures, journals
@@ -21,9 +20,9 @@ from ops.audit_samples import checks as audit_checks
 from ops.broker import FOLDER
 from ops.cluster import Cluster, held, open_cluster
 from ops.config import Config, load
+from ops.demonstration import Demonstration
 from ops.errors import UserError
 from ops.results import Check, report
-from ops.roles import Role, last_line, write_config
 from ops.up import free_port
 from ops.view import scrape
 
@@ -69,22 +68,18 @@ def _live(
     """The demonstration with an outage; what was seen of it, and the demonstration's own results."""
     if cluster.broker is None:
         raise UserError("the broker must be its own to be killed: leave --bootstrap out.")
-    port, loop, out = free_port(), folder / "loop", folder / "demo.json"
-    seconds = BEFORE_S + away_s + AFTER_S
-    options = ["--config", str(write_config(cluster.config, folder)), "--demo", f"--for={seconds}"]
-    options += [f"--data-dir={loop}", f"--json={out}", f"--set=actor.port={port}"]
-    up = Role("up", options, folder)
+    port, loop = free_port(), folder / "loop"
+    config = replace(
+        cluster.config,
+        actor=replace(cluster.config.actor, port=port),
+        storage=replace(cluster.config.storage, data_dir=str(loop)),
+    )
 
     def wait(what: str, true: Callable[[], object], patience_s: float) -> None:
         tell(what)
-        give_up = time.monotonic() + patience_s
-        while not true():
-            up.check()
-            if time.monotonic() > give_up:
-                raise UserError(f"{what}: not within {patience_s:.0f} s; see {up.log_file}.")
-            time.sleep(0.1)
+        up.wait(what, true, patience_s)
 
-    try:
+    with Demonstration(config, folder, BEFORE_S + away_s + AFTER_S) as up:
         served = loop / "simulator" / "served.jsonl"
         wait("starting", lambda: served.exists() and served.stat().st_size, START_S)
         time.sleep(BEFORE_S)
@@ -98,19 +93,14 @@ def _live(
         wait("draining", lambda: scrape(port).get(AWAY) == 0, BACK_S)
         drained_s = time.monotonic() - began
         tell("going on")
-        while up.alive:
-            time.sleep(0.1)
-    finally:
-        up.stop()
-    if not out.exists():
-        raise UserError(f"the demonstration did not finish: {last_line(up.log_file)}")
+        results = up.results()
     outage = {
         "away_s": away_s,
         "spool_records": spool[RECORDS],
         "spool_bytes": spool[BYTES],
         "drained_s": drained_s,
     }
-    return outage, msgspec.json.decode(out.read_bytes())["results"]
+    return outage, results
 
 
 def checks_of(results: dict[str, Any]) -> list[Check]:
