@@ -7,7 +7,8 @@ Notable choices (contract of the streams, "Exactly once comes from Kafka transac
   both watermarks and the offsets still needed by open requests ride in the offset metadata. Starts of late
   exposures are in the changelog: thousands of them, when a spool drains, do not fit beside an offset.
 - Local state is written after the commit. Whatever fails in between is undone by starting the partition over.
-- Idle inputs get ticks from here (wall clock minus a grace), written outside the transaction like any event.
+- Idle inputs (streams/idle.py) get ticks from here (wall clock minus a grace), written outside the transaction like
+  any event.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from prometheus_client import Gauge, Histogram
 from storage.kv import RocksKv
 from streams.aioclients import begin, leave, leave_producer, offsets, send_all
 from streams.events import DeadLetter, Tick, UnreadableError, encode
+from streams.idle import Idle
 from streams.inputs import Inputs
 from streams.intake import MAX_EVENT_BYTES, Intake
 from streams.partition import OffsetNote, Output, Partition
@@ -76,6 +78,9 @@ class PartitionProcessor:
         self._intake = Intake(partition, kafka.partitions, round(join.max_skew_s * 1000))
         self._exposures = TopicPartition(EXPOSURES, partition)
         self._feedback = TopicPartition(FEEDBACK, partition)
+        self._idle = {
+            place: Idle(streams.idle_grace_s) for place in (self._exposures, self._feedback)
+        }
         self._counted: dict[str, int] = {}
 
     async def run(self, ticker: AIOKafkaProducer) -> None:
@@ -90,6 +95,8 @@ class PartitionProcessor:
                 ) from None
             except (KafkaError, OSError) as error:
                 log.warning("partition %d starts over: %r", self._number, error)
+                for idle in self._idle.values():
+                    idle.lost()
                 await asyncio.sleep(0.5)
 
     async def _own(self, ticker: AIOKafkaProducer) -> None:
@@ -195,8 +202,9 @@ class PartitionProcessor:
             await self._read(consumer, inputs)
             records = inputs.take()
             moved = moved or bool(records)
+            now_s = time.time()
             for record in records:
-                self._take(core, record, dead)
+                self._take(core, record, dead, now_s)
             output = core.take()
             now = time.monotonic()
             if not output.empty or dead or (moved and now - committed > COMMIT_IDLE_S):
@@ -231,8 +239,13 @@ class PartitionProcessor:
                 end = consumer.last_stable_offset(place)
                 at_end = end is not None and await consumer.position(place) >= end
                 inputs.read(which, records, at_end)
+            answered_ms = consumer.last_poll_timestamp(place)
+            if answered_ms is not None:
+                self._idle[place].answered(answered_ms / 1000)
 
-    def _take(self, core: Partition, record: ConsumerRecord, dead: list[DeadLetter]) -> None:
+    def _take(
+        self, core: Partition, record: ConsumerRecord, dead: list[DeadLetter], now_s: float
+    ) -> None:
         """One record into the core; what cannot be used becomes a dead letter."""
         on_exposures = record.topic == EXPOSURES
         try:
@@ -240,16 +253,18 @@ class PartitionProcessor:
                 exposure = self._intake.exposure(record.value, record.timestamp)
                 if isinstance(exposure, Tick):
                     core.tick(exposure.time_ms, True, record.timestamp)
-                elif core.join.too_late(exposure):
+                    return
+                self._idle[self._exposures].heard(now_s)
+                if core.join.too_late(exposure):
                     raise UnreadableError("too_late", "older than dedupe_horizon_s")
-                else:
-                    core.expose(exposure, record.offset, record.timestamp)
+                core.expose(exposure, record.offset, record.timestamp)
             else:
                 feedback = self._intake.feedback(record.value, record.timestamp)
                 if isinstance(feedback, Tick):
                     core.tick(feedback.time_ms, False, record.timestamp)
-                else:
-                    core.feed(feedback, record.offset, record.timestamp)
+                    return
+                self._idle[self._feedback].heard(now_s)
+                core.feed(feedback, record.offset, record.timestamp)
         except UnreadableError as error:
             DEAD.labels(error.reason).inc()
             dead.append(
@@ -301,14 +316,15 @@ class PartitionProcessor:
 
     async def _tick(self, core: Partition, ticker: AIOKafkaProducer) -> None:
         """Move inputs that have nothing to say; the grace allows for what is being written."""
-        claim = int((time.time() - self._streams.idle_grace_s) * 1000)
-        for topic, largest in (
-            (EXPOSURES, core.join.exposures_ms),
-            (FEEDBACK, core.join.feedback_ms),
+        now_s = time.time()
+        claim = int((now_s - self._streams.idle_grace_s) * 1000)
+        for place, largest in (
+            (self._exposures, core.join.exposures_ms),
+            (self._feedback, core.join.feedback_ms),
         ):
-            if largest < claim:
+            if largest < claim and self._idle[place].at(now_s):
                 tick = encode(Tick(time_ms=claim, writer=f"streams-{self._number}"))
-                await ticker.send(topic, tick, partition=self._number)
+                await ticker.send(place.topic, tick, partition=self._number)
 
     def _instruments(self, core: Partition, output: Output) -> None:
         OPEN.labels(str(self._number)).set(core.join.open)

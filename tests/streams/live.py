@@ -122,7 +122,7 @@ async def sampled(kafka: KafkaSettings, partition: int, count: int) -> list[Samp
     return found
 
 
-async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+async def until(holds: Callable[[], Awaitable[object]]) -> None:
     """Wait for it, not for ever; then say where every task stands."""
     give_up = time.monotonic() + PATIENCE_S
     while not await holds():
