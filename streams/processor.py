@@ -254,7 +254,8 @@ class PartitionProcessor:
                 if isinstance(exposure, Tick):
                     core.tick(exposure.time_ms, True, record.timestamp)
                     return
-                self._idle[self._exposures].heard(now_s)
+                behind_s = (record.timestamp - exposure.time_ms) / 1000
+                self._idle[self._exposures].heard(now_s, behind_s)
                 if core.join.too_late(exposure):
                     raise UnreadableError("too_late", "older than dedupe_horizon_s")
                 core.expose(exposure, record.offset, record.timestamp)
@@ -263,7 +264,8 @@ class PartitionProcessor:
                 if isinstance(feedback, Tick):
                     core.tick(feedback.time_ms, False, record.timestamp)
                     return
-                self._idle[self._feedback].heard(now_s)
+                behind_s = (record.timestamp - feedback.time_ms) / 1000
+                self._idle[self._feedback].heard(now_s, behind_s)
                 core.feed(feedback, record.offset, record.timestamp)
         except UnreadableError as error:
             DEAD.labels(error.reason).inc()

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams.idle import AWAY_S, RETURN_S, Idle
+from streams.idle import AWAY_S, BEHIND_S, PAUSE_S, Idle
 
 GRACE = 0.5
 
@@ -43,12 +43,21 @@ def test_after_an_absence_writers_have_time_to_return(away_s: float) -> None:
     idle = answering(100.0)
     back = 100.0 + away_s
     answered = back
-    while answered < back + RETURN_S - 0.1:
+    while answered < back + PAUSE_S - 0.1:
         idle.answered(answered)
         assert not idle.at(answered)
         answered += 0.5
-    idle.answered(back + RETURN_S + 0.1)
-    assert idle.at(back + RETURN_S + 0.1)
+    idle.answered(back + PAUSE_S + 0.1)
+    assert idle.at(back + PAUSE_S + 0.1)
+
+
+def test_after_an_event_that_had_to_wait_there_may_be_more() -> None:
+    idle = answering(110.0)
+    idle.heard(100.0, BEHIND_S)
+    assert idle.at(100.0 + GRACE)
+    idle.heard(101.0, BEHIND_S + 0.1)
+    assert not idle.at(101.0 + PAUSE_S - 0.1)
+    assert idle.at(101.0 + PAUSE_S)
 
 
 def test_an_error_is_an_absence_however_short() -> None:
@@ -56,7 +65,7 @@ def test_an_error_is_an_absence_however_short() -> None:
     idle.lost()
     assert not idle.at(100.0)
     answered = 100.1
-    while answered < 100.0 + RETURN_S:
+    while answered < 100.0 + PAUSE_S:
         idle.answered(answered)
         assert not idle.at(answered)
         answered += 1.0
