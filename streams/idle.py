@@ -4,7 +4,7 @@ Notable choices
 - Not while events come, which move the watermark themselves.
 - Not without Kafka's answers, and not for `PAUSE_S` after it was away: actors that kept events on their disks see it
   return a moment later than we do. A tick in between would make all that they kept late.
-- Not for as long after an event that was written long after it happened: who catches up has more of the past to write.
+- Not for as long after an event that was written long after it happened: who catches up has more of the past to come.
 """
 
 import math

@@ -85,6 +85,8 @@ class PartitionProcessor:
 
     async def run(self, ticker: AIOKafkaProducer) -> None:
         """Process until cancelled; starts over after a Kafka error, raises `StreamsError` if that cannot help."""
+        for idle in self._idle.values():
+            idle.answered(time.time())  # what then is long in coming comes after an absence
         while True:
             try:
                 await self._own(ticker)
