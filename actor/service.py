@@ -46,7 +46,9 @@ from streams.topics import CONTROL, EXPOSURES, FEEDBACK
 
 log = logging.getLogger("dwell.actor")
 
-SLOTS = Counter("dwell_actor_slots_total", "Slots asked for and filled", ["what"])
+SLOTS = Counter(
+    "dwell_actor_slots_total", "Slots asked for and filled, items drawn and skipped", ["what"]
+)
 FALLBACKS = Counter(
     "dwell_actor_fallbacks_total",
     "Slates served without the policy: no time, or it cannot be drawn from",
@@ -246,10 +248,12 @@ class Service:
             policy.model.preset.context,
             int(time.time() * 1000),
             self._explore,
+            self.settings.author_cap,
         )
         exposure = await self._slate(policy, prepared)
         SLOTS.labels("asked").inc(count)
         SLOTS.labels("filled").inc(len(exposure.items))
+        SLOTS.labels("skipped").inc(len(exposure.skipped or ()))
         if not exposure.items:
             raise NotReadyError(f"no item of the catalogue is left for user {user!r}")
         await self._send(EXPOSURES, [(user, encode(exposure))])

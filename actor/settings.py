@@ -24,6 +24,8 @@ class ActorSettings:
     """Temperature of the draw; logged, and used again by learner and audit."""
     exclude_shown: Whole = 128
     """A user's last shown items that are not shown again."""
+    author_cap: Whole = 0
+    """Most items of one author in a slate; what is drawn beyond it is skipped and logged. 0: no cap."""
     explore_slots: Whole = 0
     """Last slots of a slate that are kept for exploration, with a law of their own."""
     explore_new: Share = 0.5

@@ -29,10 +29,10 @@ from learner.catalogue import Catalogue, CatalogueError
 from learner.valid_ids import UnknownVersionError
 from ops.cluster import visited
 from ops.config import Config
-from ops.propensity import differences, drawn_again, together
+from ops.propensity import differences, drawn_again, in_order, together
 from ops.results import Check, report
 from streams.clients import consumer, read
-from streams.events import Exposure, UnreadableError, decode, exposure_decoder
+from streams.events import Exposure, SkippedItem, UnreadableError, decode, exposure_decoder
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, EXPOSURES
 from streams.weights import WeightError
@@ -49,6 +49,9 @@ class Audited:
     exposures: int = 0
     """Those of the policy, computed again."""
     slots: int = 0
+    """What their draws chose, shown or skipped."""
+    skipped: int = 0
+    """Of these, skipped for the cap on authors or since they were deleted."""
     versions: int = 0
     """Versions that served them."""
     catalogue_changes: int = 0
@@ -165,6 +168,11 @@ def _judged(
     off = differences(policy, exposures, catalogue)
     found.exposures += len(exposures)
     found.versions += 1
+    found.skipped += sum(
+        isinstance(slot, SkippedItem)
+        for exposure in exposures
+        for slot in in_order(exposure, "policy")
+    )
     if off.max() > GOAL_NATS:
         _tell_of(found, f"version {policy.version}: levels differ by {off.max():.2e} nats")
     return off

@@ -184,6 +184,7 @@ class Serial:
                         policy.model.preset.context,
                         self._now_ms,
                         self._explore,
+                        self._config.actor.author_cap,
                     )
                 )
             temperature = self._config.actor.temperature
