@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actor.explore import Exploration, Pool, alike
 from actor.policy import ServedPolicy
-from actor.sampling import Slates, draw
+from actor.sampling import Slates, draw, most_probable
 from actor.search import Step
 from actor.slots import Leaf, Slots, spare_of
 from actor.users import Users
@@ -24,9 +24,13 @@ from learner.context import pack_behaviours
 from learner.context_processor import KeyValues
 from learner.decoder import LazyDecoder
 from learner.valid_tree import Children, Keys, Tree, keys_of, sids_of
-from streams.events import Draw, Exposure, pack_leaves
+from streams.events import Draw, Exposure, Source, pack_leaves
 
 NO_EXPLORATION: Final = Exploration()
+DRAWN: Final = "gumbel_top_k"
+"""Decode mode of slates drawn by the policy."""
+BEAM: Final = "beam"
+"""Decode mode of what a deterministic beam found."""
 SEEDS: Final = 1 << 53
 """Seeds of draws are below this: JSON readers keep such integers."""
 
@@ -54,6 +58,8 @@ class Prepared:
 
     spare: int = 0
     """Leaves drawn beyond `count`, because the cap may skip some."""
+    beam: int = 0
+    """Width of the deterministic beam, the same for all that are decoded together; 0: drawn."""
 
     @property
     def asked(self) -> int:
@@ -77,6 +83,7 @@ def prepare(
     now_ms: int,
     explore: Exploration = NO_EXPLORATION,
     author_cap: int = 0,
+    beam: int = 0,
 ) -> Prepared:
     """Context, tree and exclusions of a request, at this moment."""
     known = (
@@ -88,6 +95,7 @@ def prepare(
     version, valid = catalogue.version, catalogue.valid
     explore = replace(explore, slots=min(explore.slots, count - 1))  # the first is the policy's
     own = count - explore.slots
+    spare = spare_of(own, count, author_cap)
     return Prepared(
         request=request,
         user=user,
@@ -101,7 +109,8 @@ def prepare(
         explore=explore,
         new=valid.newborn(version, explore.span) if explore.slots else None,
         author_cap=author_cap,
-        spare=spare_of(own, count, author_cap),
+        spare=max(0, beam - own) if beam and spare else spare,  # a beam is there already
+        beam=beam,
     )
 
 
@@ -112,14 +121,19 @@ def decode(
     temperature: float,
     noise: np.random.Generator | int,
 ) -> Slates:
-    """Draw the slates of a batch, all of one version and tree. The same seed in `noise` gives the same slates."""
+    """The slates of a batch, all of one version and tree. The same seed in `noise` gives the same slates; a beam has
+    no noise, and its seed only names the batch."""
     model = policy.model
     of = model.contexts([one.user for one in batch], [one.context for one in batch])
     kv = model.looked_up(of)
-    largest = max(one.drawn for one in batch)
+    step, tree, width = step_of(model, kv), batch[0].tree, batch[0].beam
     excluded = [one.excluded for one in batch]
-    rng = np.random.default_rng(noise)
-    slates = draw(step_of(model, kv), batch[0].tree, excluded, largest, temperature, rng)
+    if width:
+        slates = most_probable(step, tree, excluded, width, temperature)
+    else:
+        largest = max(one.drawn for one in batch)
+        rng = np.random.default_rng(noise)
+        slates = draw(step, tree, excluded, largest, temperature, rng)
     return replace(slates, seed=noise) if isinstance(noise, int) else slates
 
 
@@ -146,7 +160,8 @@ def expose(
     """The exposure of row `row` of a draw, reserved slots after the policy's."""
     slots = _slots(one, catalogue, rng)
     codes = policy.model.codes
-    looked = slots.fill("policy", one.count, _leaves(slates, row, one.drawn, codes))
+    source: Source = "other" if one.beam else "policy"
+    looked = slots.fill(source, one.count, _leaves(slates, row, one.drawn, codes))
     if one.explore.slots:
         taken = np.concatenate([one.excluded, keys_of(slates.sids_BJ3[row, :looked], codes)])
         assert one.new is not None
@@ -154,11 +169,14 @@ def expose(
         drawn = one.explore.slots + spare_of(one.explore.slots, one.asked, one.author_cap)
         leaves = (Leaf(key, logp) for key, logp in pool.draw(drawn, rng))
         slots.fill("explore", one.explore.slots, leaves)
-    exposure = _exposure(one, slots, catalogue, "gumbel_top_k", policy.version, temperature, now_ms)
+    mode = BEAM if one.beam else DRAWN
+    exposure = _exposure(one, slots, catalogue, mode, policy.version, temperature, now_ms)
     exposure.next_score = slates.next_score(row, looked)
     if slates.seed is not None:
         rows = len(slates.sids_BJ3)
-        exposure.draw = Draw(seed=slates.seed, row=row, rows=rows, slots=one.count, spare=one.spare)
+        exposure.draw = Draw(
+            seed=slates.seed, row=row, rows=rows, slots=one.count, spare=one.spare, beam=one.beam
+        )
     return exposure
 
 
@@ -188,8 +206,8 @@ def _leaves(slates: Slates, row: int, upto: int, codes: int) -> Iterator[Leaf]:
     filled_J = slates.filled_BJ[row, :upto]
     for slot, key in enumerate(keys_of(slates.sids_BJ3[row, :upto][filled_J], codes).tolist()):
         first, second, third = slates.logp_levels_BJ3[row, slot].tolist()
-        logp, score = float(slates.logp_leaf_BJ[row, slot]), float(slates.scores_BW[row, slot])
-        yield Leaf(key, logp, (first, second, third), score)
+        logp = float(slates.logp_leaf_BJ[row, slot])
+        yield Leaf(key, logp, (first, second, third), slates.score(row, slot))
 
 
 def _exposure(

@@ -249,6 +249,7 @@ class Service:
             int(time.time() * 1000),
             self._explore,
             self.settings.author_cap,
+            self.settings.beam_width,
         )
         exposure = await self._slate(policy, prepared)
         SLOTS.labels("asked").inc(count)
@@ -259,7 +260,7 @@ class Service:
         await self._send(EXPOSURES, [(user, encode(exposure))])
         self._users.exposed(user, [item.item for item in exposure.items], exposure.request)
         first = exposure.items[0]
-        if first.logp_levels is not None:
+        if first.source == "policy" and first.logp_levels is not None:
             seen = -sum(first.logp_levels) / LEVELS, time.monotonic()
             self._heed(arm, lambda watch: watch.served(exposure.policy_version, first.item, *seen))
         return exposure

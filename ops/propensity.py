@@ -5,6 +5,8 @@ Notable choices (contract of the policy, "Probabilities on an exposure")
   less its excluded leaves, at its temperature, in batches of any size. The difference is in nats per level.
 - *As the actor did*: requests that were decoded together are decoded together again, by the actor's own code from the
   logged seed. Leaves, log-probabilities and scores must then be equal to the last bit.
+- A deterministic beam has no law to hold: its log-probabilities are computed again, and so is the search. What it
+  shows is of source `other`, and nothing of it may claim to be the policy's draw.
 - Every leaf of the draw that was looked at must be told of, shown or skipped, in its place; what was skipped must
   have been beyond the cap on its author or have left the catalogue since, and what was shown must not.
 - Which members of a leaf were shown lately only the actor knew. So the choice among members is held within bounds: a
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 
 from actor.explore import Exploration, Pool
 from actor.policy import ServedPolicy
-from actor.recommend import NO_EXPLORATION, Prepared, decode
+from actor.recommend import BEAM, DRAWN, NO_EXPLORATION, Prepared, decode
 from actor.sampling import Slates
 from actor.slots import AUTHOR, DELETED, spare_of
 from learner.batch import paths
@@ -59,7 +61,7 @@ def _differences(
     policy: ServedPolicy, exposures: Sequence[Exposure], catalogue: Catalogue
 ) -> NDArray[np.float64]:
     model = policy.model
-    judged = [in_order(exposure, "policy") for exposure in exposures]
+    judged = [in_order(exposure, chooser(exposure)) for exposure in exposures]
     sids_BkL, shown_Bk, mask_BkLK, valid_Bk = paths(
         [replace(exposure, items=of) for exposure, of in zip(exposures, judged, strict=True)],
         catalogue.valid,
@@ -84,6 +86,11 @@ def _differences(
     off_Bk[~valid_Bk | np.isnan(off_Bk)] = np.inf
     off_n: NDArray[np.float64] = off_Bk[shown_Bk]
     return off_n
+
+
+def chooser(exposure: Exposure) -> Source:
+    """The source of what the policy itself chose: `policy` where it drew, `other` of a deterministic beam."""
+    return "other" if exposure.draw is not None and exposure.draw.beam else "policy"
 
 
 def in_order(exposure: Exposure, source: Source) -> list[ShownItem]:
@@ -135,6 +142,7 @@ def drawn_again(
             shown=frozenset(),
             author_cap=exposure.author_cap,
             spare=drawn.spare,
+            beam=drawn.beam,
         )
         for exposure, drawn in zip(batch, draws, strict=True)
     ]
@@ -151,7 +159,7 @@ def _same(
     exposure: Exposure, slates: Slates, row: int, one: Prepared, catalogue: Catalogue
 ) -> bool:
     """Whether an exposure tells of its row of the draw, slot by slot as far as it was looked at."""
-    told = in_order(exposure, "policy")
+    told = in_order(exposure, chooser(exposure))
     drawn = int(slates.filled_BJ[row, : one.drawn].sum())
     sids = [tuple(sid) for sid in slates.sids_BJ3[row, :drawn].tolist()]
     if exposure.skipped is None:  # of an earlier release: what was deleted meanwhile is left out
@@ -166,11 +174,12 @@ def _same(
     return (
         whole
         and in_place
+        and exposure.decode_mode == (BEAM if one.beam else DRAWN)
         and exposure.next_score == slates.next_score(row, looked)
         and all(
             item.sid == sids[slot]
             and item.logp_levels == tuple(slates.logp_levels_BJ3[row, slot].tolist())
-            and item.score == slates.scores_BW[row, slot]
+            and item.score == slates.score(row, slot)
             and _lawful_hop(item, slates.logp_leaf_BJ[row, slot], exposure, catalogue)
             for item, slot in zip(told, at, strict=True)
         )
@@ -184,22 +193,22 @@ def _ended(
     following: tuple[int, ...],
     catalogue: Catalogue,
 ) -> bool:
-    """Whether the slots were full, and the leaf that follows might have been shown next."""
+    """Whether the slots were full, and the leaf that follows might have been shown next; a beam stops at once."""
     shown = [item for item in told if not isinstance(item, SkippedItem)]
+    if len(shown) != one.count or one.beam:
+        return len(shown) == one.count and shown[-1] is told[-1]
     version, cap = exposure.catalogue_version, exposure.author_cap
     of = Counter(catalogue.author(item.item, version) for item in shown)
     (key,) = keys_of(np.array([following]), catalogue.valid.codes).tolist()
     authors = [catalogue.author(item, version) for item in catalogue.valid.members(key, version)]
-    return len(shown) == one.count and any(
-        not (cap and author and of[author] >= cap) for author in authors
-    )
+    return any(not (cap and author and of[author] >= cap) for author in authors)
 
 
 def _shown_or_skipped(exposure: Exposure, catalogue: Catalogue) -> bool:
     """Whether each slot was shown or skipped as the cap on authors has it."""
     version, cap = exposure.catalogue_version, exposure.author_cap
     of: Counter[str] = Counter()
-    for item in [*in_order(exposure, "policy"), *in_order(exposure, "explore")]:
+    for item in [*in_order(exposure, chooser(exposure)), *in_order(exposure, "explore")]:
         author = catalogue.author(item.item, version)
         full = bool(cap and author) and of[author] >= cap
         if not isinstance(item, SkippedItem):
@@ -227,7 +236,7 @@ def _explored(
     if shown > explore.slots:
         return False
     reserved = explore.slots if one.count > 1 else shown  # a slate has a slot of the policy
-    looked = len(in_order(exposure, "policy"))
+    looked = len(in_order(exposure, chooser(exposure)))
     if exposure.skipped is None:  # of an earlier release
         looked = one.count
         if shown < reserved:  # deleted before the answer: nobody knows which leaf it stood for

@@ -185,6 +185,7 @@ class Serial:
                         self._now_ms,
                         self._explore,
                         self._config.actor.author_cap,
+                        self._config.actor.beam_width,
                     )
                 )
             temperature = self._config.actor.temperature

@@ -93,6 +93,7 @@ class Draw(msgspec.Struct, kw_only=True, gc=False):
     rows: int
     slots: int
     spare: int = 0
+    beam: int = 0
 
 
 class Exposure(msgspec.Struct, tag_field="type", tag="exposure", kw_only=True):

@@ -95,9 +95,10 @@ def serve(
     between: Callable[[], None] = lambda: None,
     explore: Exploration = NO_EXPLORATION,
     author_cap: int = 0,
+    beam: int = 0,
 ) -> list[Exposure]:
     """The exposures of requests (user, count) decoded together, as they come off the wire."""
-    rules = (SMALL.context, NOW_MS, explore, author_cap)
+    rules = (SMALL.context, NOW_MS, explore, author_cap, beam)
     prepared = [
         prepare(f"r-{user}", user, "learning", count, users, catalogue, *rules)
         for user, count in batch
