@@ -122,9 +122,10 @@ def application(service: Service) -> FastAPI:
 
         async def answer() -> bytes:
             body = await _body(request, _recommend)
-            count = service.settings.slate if body.count is None else body.count
-            if count > service.settings.max_slate:
-                allowed = f"allowed 1..{service.settings.max_slate}"
+            most = service.settings.most
+            count = min(service.settings.slate, most) if body.count is None else body.count
+            if count > most:
+                allowed = f"allowed 1..{most}"
                 raise _BadBodyError(f"count is {count}, {allowed}", "$.count")
             exposure = await service.recommend(body.user, count)
             return _encode(

@@ -88,6 +88,11 @@ class Pool:
         self._new = _Uniform(new, taken)
         self._share = share
 
+    @property
+    def left(self) -> int:
+        """Leaves that can still be shown."""
+        return self._live.left
+
     def logp(self, key: int) -> float:
         """Log-probability that the next slot shows this leaf; -inf where it cannot."""
         if self._live.rank_of(key) < 0:

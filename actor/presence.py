@@ -132,7 +132,7 @@ class Presence:
 
     async def _go_on(self, fresh_ms: Callable[[], Awaitable[int | None]]) -> None:
         while True:
-            self._catalogue.valid.prune(self._in_flight.oldest(self._catalogue.version))
+            self._catalogue.prune(self._in_flight.oldest(self._catalogue.version))
             ROWS.set(self._catalogue.valid.rows)
             complete_ms = await fresh_ms()
             if complete_ms is not None:

@@ -5,6 +5,7 @@ a batch of prepared requests of one version, and `expose` turns a draw into the 
 `fall_back` is the slate of a request for which there was no time.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -14,17 +15,22 @@ from torch import Tensor
 
 from actor.explore import Exploration, Pool, alike
 from actor.policy import ServedPolicy
-from actor.sampling import Slates, draw, last_hop
+from actor.sampling import Slates, draw, most_probable
 from actor.search import Step
+from actor.slots import Leaf, Slots, spare_of
 from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.context import pack_behaviours
 from learner.context_processor import KeyValues
 from learner.decoder import LazyDecoder
-from learner.valid_tree import Children, Keys, Tree, keys_of, sid_of, sids_of
-from streams.events import Draw, Exposure, LogpLevels, ShownItem, Source, pack_leaves
+from learner.valid_tree import Children, Keys, Tree, keys_of, sids_of
+from streams.events import Draw, Exposure, Source, pack_leaves
 
 NO_EXPLORATION: Final = Exploration()
+DRAWN: Final = "gumbel_top_k"
+"""Decode mode of slates drawn by the policy."""
+BEAM: Final = "beam"
+"""Decode mode of what a deterministic beam found."""
 SEEDS: Final = 1 << 53
 """Seeds of draws are below this: JSON readers keep such integers."""
 
@@ -47,6 +53,23 @@ class Prepared:
     """Its slots are those of this request."""
     new: Tree | None = None
     """New leaves, where slots are reserved."""
+    author_cap: int = 0
+    """Most items of one author; 0: any number."""
+
+    spare: int = 0
+    """Leaves drawn beyond `count`, because the cap may skip some."""
+    beam: int = 0
+    """Width of the deterministic beam, the same for all that are decoded together; 0: drawn."""
+
+    @property
+    def asked(self) -> int:
+        """Slots of the slate."""
+        return self.count + self.explore.slots
+
+    @property
+    def drawn(self) -> int:
+        """Leaves drawn."""
+        return self.count + self.spare
 
 
 def prepare(
@@ -59,6 +82,8 @@ def prepare(
     context_length: int,
     now_ms: int,
     explore: Exploration = NO_EXPLORATION,
+    author_cap: int = 0,
+    beam: int = 0,
 ) -> Prepared:
     """Context, tree and exclusions of a request, at this moment."""
     known = (
@@ -69,11 +94,13 @@ def prepare(
     shown = users.shown(user)
     version, valid = catalogue.version, catalogue.valid
     explore = replace(explore, slots=min(explore.slots, count - 1))  # the first is the policy's
+    own = count - explore.slots
+    spare = spare_of(own, count, author_cap)
     return Prepared(
         request=request,
         user=user,
         arm=arm,
-        count=count - explore.slots,
+        count=own,
         context=pack_behaviours(known, now_ms),
         tree=valid.tree(version),
         catalogue_version=version,
@@ -81,6 +108,9 @@ def prepare(
         shown=frozenset(shown),
         explore=explore,
         new=valid.newborn(version, explore.span) if explore.slots else None,
+        author_cap=author_cap,
+        spare=max(0, beam - own) if beam and spare else spare,  # a beam is there already
+        beam=beam,
     )
 
 
@@ -91,14 +121,19 @@ def decode(
     temperature: float,
     noise: np.random.Generator | int,
 ) -> Slates:
-    """Draw the slates of a batch, all of one version and tree. The same seed in `noise` gives the same slates."""
+    """The slates of a batch, all of one version and tree. The same seed in `noise` gives the same slates; a beam has
+    no noise, and its seed only names the batch."""
     model = policy.model
     of = model.contexts([one.user for one in batch], [one.context for one in batch])
     kv = model.looked_up(of)
-    largest = max(one.count for one in batch)
+    step, tree, width = step_of(model, kv), batch[0].tree, batch[0].beam
     excluded = [one.excluded for one in batch]
-    rng = np.random.default_rng(noise)
-    slates = draw(step_of(model, kv), batch[0].tree, excluded, largest, temperature, rng)
+    if width:
+        slates = most_probable(step, tree, excluded, width, temperature)
+    else:
+        largest = max(one.drawn for one in batch)
+        rng = np.random.default_rng(noise)
+        slates = draw(step, tree, excluded, largest, temperature, rng)
     return replace(slates, seed=noise) if isinstance(noise, int) else slates
 
 
@@ -122,28 +157,26 @@ def expose(
     rng: np.random.Generator,
     now_ms: int,
 ) -> Exposure:
-    """The exposure of row `row` of a draw, reserved slots after the policy's.
-
-    Items deleted since the request was prepared are left out.
-    """
-    slate = _Slate(one, catalogue, rng)
-    filled_J = slates.filled_BJ[row, : one.count]
-    keys = keys_of(slates.sids_BJ3[row, : one.count][filled_J], policy.model.codes)
-    for slot, key in enumerate(keys.tolist()):
-        first, second, third = slates.logp_levels_BJ3[row, slot].tolist()
-        logp_leaf, score = slates.logp_leaf_BJ[row, slot], slates.scores_BW[row, slot]
-        slate.show("policy", key, float(logp_leaf), (first, second, third), float(score))
+    """The exposure of row `row` of a draw, reserved slots after the policy's."""
+    slots = _slots(one, catalogue, rng)
+    codes = policy.model.codes
+    source: Source = "other" if one.beam else "policy"
+    looked = slots.fill(source, one.count, _leaves(slates, row, one.drawn, codes))
     if one.explore.slots:
-        taken = np.concatenate([one.excluded, keys])
+        taken = np.concatenate([one.excluded, keys_of(slates.sids_BJ3[row, :looked], codes)])
         assert one.new is not None
         pool = Pool(one.tree, one.new, taken, one.explore.new)
-        for key, logp in pool.draw(one.explore.slots, rng):
-            slate.show("explore", key, logp)
-    drawn = None
+        drawn = one.explore.slots + spare_of(one.explore.slots, one.asked, one.author_cap)
+        leaves = (Leaf(key, logp) for key, logp in pool.draw(drawn, rng))
+        slots.fill("explore", one.explore.slots, leaves)
+    mode = BEAM if one.beam else DRAWN
+    exposure = _exposure(one, slots, catalogue, mode, policy.version, temperature, now_ms)
+    exposure.next_score = slates.next_score(row, looked)
     if slates.seed is not None:
-        drawn = Draw(seed=slates.seed, row=row, rows=len(slates.sids_BJ3), slots=one.count)
-    exposure = slate.exposure("gumbel_top_k", policy.version, temperature, now_ms)
-    exposure.next_score, exposure.draw = slates.next_score(row, one.count), drawn
+        rows = len(slates.sids_BJ3)
+        exposure.draw = Draw(
+            seed=slates.seed, row=row, rows=rows, slots=one.count, spare=one.spare, beam=one.beam
+        )
     return exposure
 
 
@@ -157,62 +190,48 @@ def fall_back(
 ) -> Exposure:
     """A slate without the policy: every valid leaf alike, without replacement. It says that it is not the
     policy's."""
-    slate = _Slate(one, catalogue, rng)
-    for key, logp in alike(one.tree, one.excluded, one.count + one.explore.slots, rng):
-        slate.show("other", key, logp)
-    return slate.exposure("other", policy.version, temperature, now_ms)
+    slots = _slots(one, catalogue, rng)
+    drawn = one.asked + spare_of(one.asked, one.asked, one.author_cap)
+    leaves = (Leaf(key, logp) for key, logp in alike(one.tree, one.excluded, drawn, rng))
+    slots.fill("other", one.asked, leaves)
+    return _exposure(one, slots, catalogue, "other", policy.version, temperature, now_ms)
 
 
-class _Slate:
-    """The slots of a request as they are filled."""
+def _slots(one: Prepared, catalogue: Catalogue, rng: np.random.Generator) -> Slots:
+    return Slots(catalogue, one.catalogue_version, one.shown, one.author_cap, rng)
 
-    def __init__(self, one: Prepared, catalogue: Catalogue, rng: np.random.Generator) -> None:
-        self._one = one
-        self._catalogue = catalogue
-        self._rng = rng
-        self._items: list[ShownItem] = []
 
-    def show(
-        self,
-        source: Source,
-        key: int,
-        logp_leaf: float,
-        logp_levels: LogpLevels | None = None,
-        score: float | None = None,
-    ) -> None:
-        """Fill the next slot with an item of this leaf, unless it was deleted meanwhile."""
-        one, valid = self._one, self._catalogue.valid
-        members = valid.members(key, one.catalogue_version)
-        item, logp_hop = last_hop(members, lambda member: member not in one.shown, self._rng)
-        entry = self._catalogue.items.get(item)
-        if entry is None:
-            return
-        self._items.append(
-            ShownItem(
-                item=item,
-                sid=sid_of(key, valid.codes),
-                position=len(self._items),
-                duration_ms=entry.duration_ms,
-                source=source,
-                logp_levels=logp_levels,
-                logp_decision=logp_leaf + logp_hop,
-                score=score,
-            )
-        )
+def _leaves(slates: Slates, row: int, upto: int, codes: int) -> Iterator[Leaf]:
+    """A row's drawn leaves in their order."""
+    filled_J = slates.filled_BJ[row, :upto]
+    for slot, key in enumerate(keys_of(slates.sids_BJ3[row, :upto][filled_J], codes).tolist()):
+        first, second, third = slates.logp_levels_BJ3[row, slot].tolist()
+        logp = float(slates.logp_leaf_BJ[row, slot])
+        yield Leaf(key, logp, (first, second, third), slates.score(row, slot))
 
-    def exposure(self, mode: str, version: int, temperature: float, now_ms: int) -> Exposure:
-        """The event that tells of it."""
-        one = self._one
-        return Exposure(
-            request=one.request,
-            user=one.user,
-            time_ms=now_ms,
-            arm=one.arm,
-            policy_version=version,
-            catalogue_version=one.catalogue_version,
-            decode_mode=mode,
-            temperature=temperature,
-            context=one.context,
-            excluded=pack_leaves(sids_of(one.excluded, self._catalogue.valid.codes)),
-            items=self._items,
-        )
+
+def _exposure(
+    one: Prepared,
+    slots: Slots,
+    catalogue: Catalogue,
+    mode: str,
+    version: int,
+    temperature: float,
+    now_ms: int,
+) -> Exposure:
+    """The event that tells of a slate."""
+    return Exposure(
+        request=one.request,
+        user=one.user,
+        time_ms=now_ms,
+        arm=one.arm,
+        policy_version=version,
+        catalogue_version=one.catalogue_version,
+        decode_mode=mode,
+        temperature=temperature,
+        context=one.context,
+        excluded=pack_leaves(sids_of(one.excluded, catalogue.valid.codes)),
+        items=slots.items,
+        author_cap=one.author_cap,
+        skipped=slots.skipped,
+    )

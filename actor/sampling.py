@@ -49,10 +49,14 @@ class Slates:
     seed: int | None = None
     """Seed of the noise, where a seed of its own was asked for."""
 
+    def score(self, request: int, slot: int) -> float | None:
+        """A slot's score; None where nothing was drawn."""
+        score = float(self.scores_BW[request, slot])
+        return score if np.isfinite(score) else None
+
     def next_score(self, request: int, slots: int) -> float | None:
         """The score after the first `slots` slots; None where there is no further leaf."""
-        score = float(self.scores_BW[request, slots])
-        return score if np.isfinite(score) else None
+        return self.score(request, slots)
 
 
 def draw(
@@ -105,15 +109,28 @@ def beam(
     The best `width` leaves among the children of the best `width` prefixes; padding has codes -1 and
     log-probability -inf. `excluded` and errors as in `draw`.
     """
-    if width < 1:
-        raise ValueError(f"a beam is at least one wide, got {width}")
-    search = Search(step, tree, excluded, requests, temperature)
-    score_BW = np.zeros((search.requests, 1))
-    for _ in range(LEVELS):
-        level = search.expand()
-        score_n = level.logp_n + level.of_prefix(search.logp_BM)
-        score_BW = search.keep(search.best(score_n, width), score_n)
-    return _pad(search.codes_BMl, width, -1), _pad(score_BW, width, -np.inf)
+    search = _beamed(step, tree, excluded, width, temperature, requests)
+    return _pad(search.codes_BMl, width, -1), _pad(search.logp_BM, width, -np.inf)
+
+
+def most_probable(
+    step: Step,
+    tree: Tree,
+    excluded: Sequence[Keys] | None,
+    width: int,
+    temperature: float,
+    requests: int = 1,
+) -> Slates:
+    """The leaves of a deterministic beam as slates, best first.
+
+    Their law is certainty, they have no scores; all else is as in `beam` and `draw`.
+    """
+    search = _beamed(step, tree, excluded, width, temperature, requests)
+    sids_BJ3, filled_BJ, logp_levels_BJ3 = _finished(search, width)
+    scores_BW = np.full((search.requests, width + 1), -np.inf)
+    return Slates(
+        sids_BJ3, filled_BJ, logp_levels_BJ3, np.where(filled_BJ, 0.0, -np.inf), scores_BW
+    )
 
 
 def last_hop(
@@ -132,8 +149,35 @@ def last_hop(
     return chosen, -float(np.log(len(open_members)))
 
 
+def _beamed(
+    step: Step,
+    tree: Tree,
+    excluded: Sequence[Keys] | None,
+    width: int,
+    temperature: float,
+    requests: int,
+) -> Search:
+    if width < 1:
+        raise ValueError(f"a beam is at least one wide, got {width}")
+    search = Search(step, tree, excluded, requests, temperature)
+    for _ in range(LEVELS):
+        level = search.expand()
+        score_n = level.logp_n + level.of_prefix(search.logp_BM)
+        search.keep(search.best(score_n, width), score_n)
+    return search
+
+
 def _slates(search: Search, slate: int, score_BW: Floats) -> Slates:
-    """The slots of a finished search."""
+    """The slots of a finished draw."""
+    sids_BJ3, filled_BJ, logp_levels_BJ3 = _finished(search, slate)
+    path = search.path(min(slate, search.codes_BMl.shape[1]))
+    laws_BJ = _pad(_leaf_laws(search, path, filled_BJ), slate, -np.inf)
+    scores_BW = _pad(score_BW, slate + 1, -np.inf)
+    return Slates(sids_BJ3, filled_BJ, logp_levels_BJ3, laws_BJ, scores_BW)
+
+
+def _finished(search: Search, slate: int) -> tuple[Ints, NDArray[np.bool_], Floats]:
+    """Codes `[B, J, 3]`, which slots are filled, and log-probabilities per level `[B, J, 3]`."""
     sids_BJ3 = _pad(search.codes_BMl, slate, -1)
     filled_BJ = sids_BJ3[:, :, 0] >= 0
     path = search.path(min(slate, search.codes_BMl.shape[1]))
@@ -146,13 +190,7 @@ def _slates(search: Search, slate: int, score_BW: Floats) -> Slates:
     )
     logp_levels_BJ3 = _pad(logp_levels_Bj3, slate, -np.inf)
     logp_levels_BJ3[~filled_BJ] = -np.inf
-    return Slates(
-        sids_BJ3,
-        filled_BJ,
-        logp_levels_BJ3,
-        _pad(_leaf_laws(search, path, filled_BJ), slate, -np.inf),
-        _pad(score_BW, slate + 1, -np.inf),
-    )
+    return sids_BJ3, filled_BJ, logp_levels_BJ3
 
 
 def _leaf_laws(

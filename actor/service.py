@@ -46,7 +46,9 @@ from streams.topics import CONTROL, EXPOSURES, FEEDBACK
 
 log = logging.getLogger("dwell.actor")
 
-SLOTS = Counter("dwell_actor_slots_total", "Slots asked for and filled", ["what"])
+SLOTS = Counter(
+    "dwell_actor_slots_total", "Slots asked for and filled, items drawn and skipped", ["what"]
+)
 FALLBACKS = Counter(
     "dwell_actor_fallbacks_total",
     "Slates served without the policy: no time, or it cannot be drawn from",
@@ -246,16 +248,19 @@ class Service:
             policy.model.preset.context,
             int(time.time() * 1000),
             self._explore,
+            self.settings.author_cap,
+            self.settings.beam_width,
         )
         exposure = await self._slate(policy, prepared)
         SLOTS.labels("asked").inc(count)
         SLOTS.labels("filled").inc(len(exposure.items))
+        SLOTS.labels("skipped").inc(len(exposure.skipped or ()))
         if not exposure.items:
             raise NotReadyError(f"no item of the catalogue is left for user {user!r}")
         await self._send(EXPOSURES, [(user, encode(exposure))])
         self._users.exposed(user, [item.item for item in exposure.items], exposure.request)
         first = exposure.items[0]
-        if first.logp_levels is not None:
+        if first.source == "policy" and first.logp_levels is not None:
             seen = -sum(first.logp_levels) / LEVELS, time.monotonic()
             self._heed(arm, lambda watch: watch.served(exposure.policy_version, first.item, *seen))
         return exposure

@@ -1,7 +1,7 @@
 """What an operator may set about serving."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -24,6 +24,13 @@ class ActorSettings:
     """Temperature of the draw; logged, and used again by learner and audit."""
     exclude_shown: Whole = 128
     """A user's last shown items that are not shown again."""
+    decoding: Literal["sample", "beam"] = "sample"
+    """How the policy chooses: drawn without replacement, or the most probable by deterministic beam search; learning
+    takes what a beam has shown as it takes another system's."""
+    beam: Annotated[int, Meta(ge=1, le=512)] = 32
+    """Width of the beam; a request may ask for as many items."""
+    author_cap: Whole = 0
+    """Most items of one author in a slate; what is drawn beyond it is skipped and logged. 0: no cap."""
     explore_slots: Whole = 0
     """Last slots of a slate that are kept for exploration, with a law of their own."""
     explore_new: Share = 0.5
@@ -50,3 +57,13 @@ class ActorSettings:
         str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$", description="letters, digits, . _ -")
     ] = "actor"
     """Name of this actor among those that share the data directory: the spool is its own."""
+
+    @property
+    def beam_width(self) -> int:
+        """Width of the beam; 0 where slates are drawn."""
+        return self.beam if self.decoding == "beam" else 0
+
+    @property
+    def most(self) -> int:
+        """Items that a request may ask for."""
+        return min(self.max_slate, self.beam_width or self.max_slate)

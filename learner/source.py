@@ -127,7 +127,7 @@ class Source:
         client = self._opened()
         self._hold_back(client)
         self._poll(client)
-        self.catalogue.valid.prune(self._horizon.passed(int(time.time() * 1000)))
+        self.catalogue.prune(self._horizon.passed(int(time.time() * 1000)))
 
     def catch_up(self, version: int) -> None:
         """The catalogue as far as the actor of a sample had read it, if the log goes that far."""

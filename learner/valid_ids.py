@@ -155,6 +155,12 @@ class ValidIds:
         key = self.key_of(item, version)
         return None if key is None else sid_of(key, self.codes)
 
+    def left_since(self, item: str, version: int) -> bool:
+        """Whether the item lived at `version` and has left its leaf since; raises `UnknownVersionError`."""
+        self._check(version)
+        rows = self._rows_of_item.get(item, ())
+        return any(self._alive(row, version) and self._died[row] != FOREVER for row in rows)
+
     def exhausted(self, items: Collection[str], version: int) -> Keys:
         """Leaf keys, ascending, of which *all* members live at `version` are among `items`.
 

@@ -19,6 +19,7 @@ from streams.audit import overdue
 from streams.clients import consumer, read
 from streams.decision import NEVER, JoinTimes
 from streams.events import (
+    LEVELS,
     Exposure,
     Feedback,
     Tick,
@@ -146,8 +147,9 @@ def event_of(reader: Any, record: Any) -> Exposure | Feedback | Tick | None:
 
 
 def _figures(exposure: Exposure) -> tuple[int, str, list[str], float | None]:
-    first = exposure.items[0].logp_levels
-    surprise = -sum(first) / len(first) if first is not None else None
+    first, surprise = exposure.items[0], None
+    if first.source == "policy" and first.logp_levels is not None:  # a draw: an estimate of entropy
+        surprise = -sum(first.logp_levels) / LEVELS
     return exposure.time_ms, exposure.arm, [item.item for item in exposure.items], surprise
 
 

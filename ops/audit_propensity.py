@@ -29,10 +29,10 @@ from learner.catalogue import Catalogue, CatalogueError
 from learner.valid_ids import UnknownVersionError
 from ops.cluster import visited
 from ops.config import Config
-from ops.propensity import differences, drawn_again, together
+from ops.propensity import chooser, differences, drawn_again, in_order, together
 from ops.results import Check, report
 from streams.clients import consumer, read
-from streams.events import Exposure, UnreadableError, decode, exposure_decoder
+from streams.events import Exposure, SkippedItem, UnreadableError, decode, exposure_decoder
 from streams.settings import KafkaSettings
 from streams.topics import CATALOGUE, EXPOSURES
 from streams.weights import WeightError
@@ -48,7 +48,12 @@ class Audited:
 
     exposures: int = 0
     """Those of the policy, computed again."""
+    beams: int = 0
+    """Of these, by deterministic beam."""
     slots: int = 0
+    """What their draws chose, shown or skipped."""
+    skipped: int = 0
+    """Of these, skipped for the cap on authors or since they were deleted."""
     versions: int = 0
     """Versions that served them."""
     catalogue_changes: int = 0
@@ -134,7 +139,7 @@ def _exposures(client: KafkaConsumer, kafka: KafkaSettings) -> tuple[dict[int, l
             if not isinstance(event, Exposure) or event.request in known:
                 continue
             known.add(event.request)
-            if any(item.source == "policy" for item in event.items):
+            if any(item.source == chooser(event) for item in event.items):
                 waiting.setdefault(event.policy_version, []).append(record.value)
                 catalogue_versions.append(event.catalogue_version)
     low, high = min(catalogue_versions, default=0), max(catalogue_versions, default=0)
@@ -165,6 +170,12 @@ def _judged(
     off = differences(policy, exposures, catalogue)
     found.exposures += len(exposures)
     found.versions += 1
+    found.beams += sum(chooser(exposure) == "other" for exposure in exposures)
+    found.skipped += sum(
+        isinstance(slot, SkippedItem)
+        for exposure in exposures
+        for slot in in_order(exposure, chooser(exposure))
+    )
     if off.max() > GOAL_NATS:
         _tell_of(found, f"version {policy.version}: levels differ by {off.max():.2e} nats")
     return off

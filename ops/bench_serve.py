@@ -7,6 +7,8 @@ Notable choices
 - `batched_over_unbatched` is throughput at an equal budget of p99: the highest rate of an open loop at which an actor
   that decodes up to 64 requests together answers all, by the policy and within the budget, over that of one that
   decodes each by itself. Rates are searched by halving, from what a closed loop saturates at.
+- Deterministic beams have actors of their own (`actor.decoding = "beam"`), one a width, and answer with a usual slate
+  or as many items as the beam is wide.
 - A cell is within the budget when nothing failed, was refused or fell back, and p99 from the *scheduled* time is.
 """
 
@@ -22,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ops.bench_serve_core import beams, contexts
+from ops.bench_serve_core import contexts, searches
 from ops.bench_serve_load import Outcome, Plan, load
 from ops.bench_serve_parts import actors, users_of
 from ops.config import Config
@@ -33,6 +35,7 @@ MAX_BATCHES: Final = (1, 4, 16, 64)
 CLIENTS: Final = (1, 16, 64)
 HISTORIES: Final = (50, 512, 3_000)
 SLATES: Final = (1, 32, 512)
+BEAMS: Final = (1, 32, 512)
 SLATE: Final = 6
 GOAL: Final = 3.0
 SEED: Final = 1
@@ -47,6 +50,7 @@ class Extent:
     max_batches: tuple[int, ...] = MAX_BATCHES
     histories: tuple[int, ...] = HISTORIES
     slates: tuple[int, ...] = SLATES
+    beams: tuple[int, ...] = BEAMS
     clients: tuple[int, ...] = CLIENTS
     halvings: int = 5
     """Rates tried for each actor."""
@@ -108,25 +112,31 @@ class Bench:
         found: dict[int, Search] = {}
         for clients in self.extent.clients:
             for most, url in urls.items():
-                cell = {"max_batch": most, "slate": SLATE, "history": history}
+                cell = _cell(most, SLATE, history)
                 outcome = self.ask(url, cell, {"clients": clients})
                 found[most] = Search(0.0, 1.2 * max(1.0, outcome.per_second))
         for _ in range(self.extent.halvings):
             for most, url in urls.items():
-                cell = {"max_batch": most, "slate": SLATE, "history": history}
+                cell = _cell(most, SLATE, history)
                 plan = {"rate": round(found[most].rate, 1)}
                 found[most].took(self.ask(url, cell, plan), self.extent.budget_s)
         return {most: search.held for most, search in found.items()}
 
-    def sizes(self, most: int, url: str) -> None:
-        """Slates of several sizes, which are beams one wider, and users with histories of several lengths."""
-        least = min(self.extent.histories)
-        kinds = [(slate, least) for slate in self.extent.slates]
-        kinds += [(SLATE, history) for history in self.extent.histories]
-        for slate, history in kinds:
+    def sizes(self, most: int, url: str, beams: dict[int, str]) -> None:
+        """Slates drawn of several sizes, users with histories of several lengths, and deterministic beams.
+
+        The shortest history with a slate of the usual size is among the cells of `batching`.
+        """
+        least, *longer = sorted(self.extent.histories)
+        kinds = [(url, _cell(most, slate, least)) for slate in self.extent.slates]
+        kinds += [(url, _cell(most, SLATE, history)) for history in longer]
+        kinds += [
+            (beams[width], _cell(most, min(SLATE, width), least, width))
+            for width in self.extent.beams
+        ]
+        for where, cell in kinds:
             for clients in self.extent.clients[:2]:
-                cell = {"max_batch": most, "slate": slate, "history": history}
-                self.ask(url, cell, {"clients": clients})
+                self.ask(where, cell, {"clients": clients})
 
     def run(self) -> dict[str, Any]:
         """All figures."""
@@ -139,15 +149,24 @@ class Bench:
             streams=replace(self.config.streams, history_behaviours=longest),
         )
         widest = max(self.config.actor.max_slate, *extent.slates)
+        largest = max(extent.max_batches)
         sets = {
-            str(most): (f"actor.max_batch={most}", f"actor.max_slate={widest}")
+            f"batch-{most}": (f"actor.max_batch={most}", f"actor.max_slate={widest}")
             for most in extent.max_batches
+        } | {
+            f"beam-{width}": (
+                f"actor.max_batch={largest}",
+                f"actor.beam={width}",
+                "actor.decoding=beam",
+            )
+            for width in extent.beams
         }
         self.say("a broker, a lineage, actors")
         with actors(config, self.folder, self.items, extent.histories, sets, SEED) as named:
-            urls = {int(name): url for name, url in named.items()}
+            urls = {most: named[f"batch-{most}"] for most in extent.max_batches}
             held = self.batching(urls, min(extent.histories))
-            self.sizes(max(urls), urls[max(urls)])
+            beams = {width: named[f"beam-{width}"] for width in extent.beams}
+            self.sizes(largest, urls[largest], beams)
         self.say("tables and beams")
         sizes = (policy.preset, policy.codes, policy.user_rows)
         batched, single = held[max(held)], held[min(held)]
@@ -160,9 +179,14 @@ class Bench:
             "held_per_second": {f"max_batch_{most}": rate for most, rate in held.items()},
             "batched_over_unbatched": batched / single if single else float("nan"),
             "contexts": list(contexts(*sizes, self.extent.histories, SEED)),
-            "beams": list(beams(*sizes, self.items, SEED)),
+            "beams": list(searches(*sizes, self.items, SEED)),
             "cells": self.cells,
         }
+
+
+def _cell(most: int, slate: int, history: int, beam: int = 0) -> dict[str, Any]:
+    """What a cell asks, and of which actor; beam 0: drawn."""
+    return {"max_batch": most, "beam": beam, "slate": slate, "history": history}
 
 
 def checks_of(results: dict[str, Any]) -> list[Check]:
@@ -203,12 +227,25 @@ def run(
 
 def table_of(cells: Sequence[dict[str, Any]]) -> Table:
     """The cells over HTTP, for people."""
-    heads = ("max_batch", "slate", "history", "load", "/s", "p50 ms", "p90", "p99", "not served")
+    heads = (
+        "max_batch",
+        "decode",
+        "slate",
+        "history",
+        "load",
+        "/s",
+        "p50 ms",
+        "p90",
+        "p99",
+        "not served",
+    )
     table = Table(*heads, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for cell in cells:
         open_loop = "rate" in cell
         table.add_row(
-            *(str(cell[name]) for name in ("max_batch", "slate", "history")),
+            str(cell["max_batch"]),
+            f"beam {cell['beam']}" if cell["beam"] else "drawn",
+            *(str(cell[name]) for name in ("slate", "history")),
             f"{cell['rate']:.0f}/s" if open_loop else f"{cell['clients']} clients",
             f"{cell['per_second']:.0f}",
             *(f"{1e3 * cell[name]:.1f}" for name in ("p50_s", "p90_s", "p99_s")),

@@ -1,10 +1,9 @@
-"""What `dwell bench serve` measures without HTTP: contexts looked up or recomputed, and beams.
+"""What `dwell bench serve` measures without HTTP: contexts looked up or recomputed, and searches.
 
 Notable choices
 - Contexts: from the tables per code that a served version has, and computed anew as the learner does, in turns; the
   time includes unpacking the exposures' bytes, which both need.
-- Beams: HTTP asks for draws without replacement only; the deterministic beam is the decode of offline scoring. So
-  both are measured here, on one policy and tree, contexts of the preset's own length.
+- Beams, deterministic and drawn: the searches alone, on one policy and tree, contexts of the preset's own length.
 """
 
 import statistics
@@ -69,7 +68,7 @@ def contexts(
             }
 
 
-def beams(
+def searches(
     preset: str, codes: int, user_rows: int, items: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """By batch and width: seconds of a deterministic beam, and of a draw of as many items."""

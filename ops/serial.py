@@ -184,6 +184,8 @@ class Serial:
                         policy.model.preset.context,
                         self._now_ms,
                         self._explore,
+                        self._config.actor.author_cap,
+                        self._config.actor.beam_width,
                     )
                 )
             temperature = self._config.actor.temperature

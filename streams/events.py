@@ -79,6 +79,12 @@ class ShownItem(msgspec.Struct, kw_only=True, gc=False):
     score: float | None = None
 
 
+class SkippedItem(ShownItem, kw_only=True, gc=False):
+    """What was drawn for a slot and not shown in it; its probabilities are those of the draw."""
+
+    reason: str
+
+
 class Draw(msgspec.Struct, kw_only=True, gc=False):
     """Where a slate's noise came from, so that it can be drawn again."""
 
@@ -86,6 +92,8 @@ class Draw(msgspec.Struct, kw_only=True, gc=False):
     row: int
     rows: int
     slots: int
+    spare: int = 0
+    beam: int = 0
 
 
 class Exposure(msgspec.Struct, tag_field="type", tag="exposure", kw_only=True):
@@ -105,6 +113,8 @@ class Exposure(msgspec.Struct, tag_field="type", tag="exposure", kw_only=True):
     items: list[ShownItem]
     next_score: float | None = None
     draw: Draw | None = None
+    author_cap: int = 0
+    skipped: list[SkippedItem] | None = None
 
 
 class Feedback(msgspec.Struct, tag_field="type", tag="feedback", kw_only=True, gc=False):

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from actor.explore import Exploration
 from actor.policy import ServedPolicy
-from actor.recommend import SEEDS, decode, expose, prepare
+from actor.recommend import NO_EXPLORATION, SEEDS, decode, expose, prepare
 from actor.settings import ActorSettings
 from actor.users import Users
 from learner.catalogue import Catalogue
@@ -19,7 +20,7 @@ from streams.events import (
     exposure_decoder,
 )
 from streams.weights import Manifest
-from tests.learner.makers import NOW_MS, SMALL, random_model
+from tests.learner.makers import NOW_MS, SMALL, random_model, upsert
 
 CODES, ROWS, ITEMS = 5, 64, 80
 
@@ -44,6 +45,20 @@ def served(seed: int) -> ServedPolicy:
     model = random_model(SMALL, CODES, ROWS, seed).eval().requires_grad_(False)
     model.prepare()
     return ServedPolicy(3, manifest, model)
+
+
+def authored(catalogue: Catalogue, author_of: Callable[[int], str]) -> Catalogue:
+    """The same items, each of an author by its number."""
+    made = Catalogue(catalogue.valid.codes)
+    for number, (item, entry) in enumerate(catalogue.items.items()):
+        made.take(number, item.encode(), upsert(item, entry.sid, author=author_of(number)))
+    return made
+
+
+def some_authors(authors: int, seed: int) -> Callable[[int], str]:
+    """An item is of one of so many authors, the first of whom is nobody."""
+    rng = np.random.default_rng(seed)
+    return lambda _: f"author {number}" if (number := int(rng.integers(authors))) else ""
 
 
 def known_users(catalogue: Catalogue, count: int, rng: np.random.Generator) -> Users:
@@ -78,10 +93,14 @@ def serve(
     temperature: float,
     rng: np.random.Generator,
     between: Callable[[], None] = lambda: None,
+    explore: Exploration = NO_EXPLORATION,
+    author_cap: int = 0,
+    beam: int = 0,
 ) -> list[Exposure]:
     """The exposures of requests (user, count) decoded together, as they come off the wire."""
+    rules = (SMALL.context, NOW_MS, explore, author_cap, beam)
     prepared = [
-        prepare(f"r-{user}", user, "learning", count, users, catalogue, SMALL.context, NOW_MS)
+        prepare(f"r-{user}", user, "learning", count, users, catalogue, *rules)
         for user, count in batch
     ]
     slates = decode(policy, prepared, temperature, int(rng.integers(SEEDS)))

@@ -115,6 +115,15 @@ async def test_without_a_count_the_configured_slate_is_served(app: FastAPI, stan
     assert stand.asked == [("u", 2), ("u", 2)]
 
 
+async def test_a_beam_bounds_what_may_be_asked_for(app: FastAPI, stand: Stand) -> None:
+    stand.settings = ActorSettings(slate=2, max_slate=5, decoding="beam", beam=1)
+    assert (await call(app, "POST", "/recommend", {"user": "u"})).status == 200
+    assert stand.asked == [("u", 1)]
+    refused = await call(app, "POST", "/recommend", {"user": "u", "count": 2})
+    assert refused.status == 422
+    assert "allowed 1..1" in refused.json["detail"][0]["msg"]
+
+
 @pytest.mark.parametrize(
     ("body", "field", "says"),
     [

@@ -30,10 +30,16 @@ SMALL = Preset(d_model=16, layers=2, heads=4, d_embed=8, d_ffn=32, d_user=4, con
 
 
 def upsert(
-    item: str, sid: SemanticId, codebook: str = CODEBOOK, duration_ms: int = 30_000
+    item: str,
+    sid: SemanticId,
+    codebook: str = CODEBOOK,
+    duration_ms: int = 30_000,
+    author: str = "",
 ) -> bytes:
     """A catalogue entry's value."""
-    return encode(Upsert(item=item, sid=sid, codebook=codebook, duration_ms=duration_ms))
+    return encode(
+        Upsert(item=item, sid=sid, codebook=codebook, duration_ms=duration_ms, author=author)
+    )
 
 
 def catalogue_of(codes: int, sids: Sequence[SemanticId], codebook: str = CODEBOOK) -> Catalogue:

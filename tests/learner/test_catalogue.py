@@ -1,5 +1,7 @@
 """The catalogue as a fold over its log."""
 
+import pickle
+
 import pytest
 
 from learner.catalogue import Catalogue, CatalogueError
@@ -129,3 +131,44 @@ def test_the_tokenisers_embedding_is_not_kept() -> None:
     entry = Upsert(item="a", sid=(0, 0, 0), codebook=CODEBOOK, duration_ms=1, embedding=b"x" * 1000)
     catalogue.take(0, b"a", encode(entry))
     assert catalogue.items["a"].embedding == b""
+
+
+def test_an_author_is_known_for_every_version_not_pruned() -> None:
+    catalogue = folded(
+        [
+            (0, "a", upsert("a", (0, 0, 0), author="ann")),
+            (1, "b", upsert("b", (0, 0, 1))),
+            (2, "a", upsert("a", (0, 1, 0), author="ann")),
+            (4, "a", upsert("a", (0, 1, 0), author="bob")),
+            (5, "a", None),
+            (7, "a", upsert("a", (0, 1, 0))),
+            (9, "b", upsert("b", (0, 0, 1), author="cid")),
+        ]
+    )
+    known = {0: "ann", 2: "ann", 3: "ann", 4: "bob", 7: "", 9: ""}
+    assert {version: catalogue.author("a", version) for version in known} == known
+    assert [catalogue.author("b", version) for version in (1, 8, 9)] == ["", "", "cid"]
+    assert catalogue.author("nobody", 9) == ""
+    for oldest in range(10):
+        catalogue.prune(oldest)
+        assert catalogue.valid.oldest == oldest
+        assert all(catalogue.author("a", n) == known[n] for n in known if n >= oldest)
+        assert all(catalogue.author("b", n) == "" for n in range(oldest, 9))
+
+
+def test_pruned_authors_take_no_memory() -> None:
+    catalogue = Catalogue(4)
+    for offset in range(2_000):
+        value = upsert("a", (0, 0, 0), author=f"{offset}") if offset % 3 else None
+        catalogue.take(offset, b"a", value)
+        catalogue.prune(offset - 10)
+    assert len(pickle.dumps(vars(catalogue)["_authors"])) < 2_000
+
+
+def test_an_item_that_left_its_leaf_since_is_known_to_have() -> None:
+    valid = folded(LOG).valid
+    assert valid.left_since("a", 0)  # it moved
+    assert valid.left_since("b", 2)
+    assert not valid.left_since("a", 3)
+    assert not valid.left_since("b", 7)
+    assert not valid.left_since("c", 8)

@@ -172,6 +172,7 @@ def test_a_tiny_run_measures_every_cell(tmp_path: Path) -> None:
         max_batches=(1, 8),
         histories=(5, 40),
         slates=(1, 12),
+        beams=(4,),
         clients=(8,),
         halvings=1,
         seconds=0.5,
@@ -184,8 +185,11 @@ def test_a_tiny_run_measures_every_cell(tmp_path: Path) -> None:
     assert document["command"] == "dwell bench serve"
     assert list(results["held_per_second"]) == ["max_batch_1", "max_batch_8"]
     cells = results["cells"]
-    assert len(cells) == 2 + 2 + 2 + 2  # closed, open, slates, histories
+    assert len(cells) == 2 + 2 + 2 + 1 + 1  # closed, open, slates, the longer history, beams
     assert all(cell["offered"] and not cell["failed"] for cell in cells)
     assert {cell["history"] for cell in cells} == {5, 40}
+    (of_beam,) = [cell for cell in cells if cell["beam"]]
+    assert (of_beam["beam"], of_beam["slate"]) == (4, 4)
+    assert of_beam["answered"] == of_beam["offered"]
     assert {cell["width"] for cell in results["beams"]} == {1, 32, 512}
     assert {cell["history"] for cell in results["contexts"]} == {5, 40}

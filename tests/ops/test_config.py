@@ -52,6 +52,8 @@ def changed(value: Any) -> Any:
             return "small"
         case "gbpo_level":
             return "ecpo"
+        case "sample":
+            return "beam"
         case "auto":
             return "cpu"
         case "streams" | "actor":
