@@ -3,8 +3,9 @@
 Notable choices
 - A version's records on both topics, the tombstones of expired ones, and the dead letters of what its steps could
   not use are one transaction (learner/fenced.py).
-- Every version is published as a delta of the one before; every `anchor_every_s` one is published in full too, and so
-  is one without a version before it, and every one that an arm names: it must be there as long as it is named.
+- Every version is published as a delta of the one before; every `anchor_every_s` one is published in full too, and
+  so is one without a version before it, one when the deltas since the last have taken a quarter of what their topic keeps
+  (what leads from an anchor to the newest version must be there), and every one that an arm names, while it is named.
 - A trial at the start writes what a version would: a wrong set-up (rights, message sizes, a missing topic) fails
   before anything has been learned.
 """
@@ -62,6 +63,8 @@ class Terms:
     """Versions can be had for at least this long."""
     anchor_every_s: float
     """Between versions in full."""
+    kept_bytes: int
+    """Of deltas on their topic."""
     signer: Signer | None = None
 
 
@@ -78,6 +81,7 @@ class Publisher:
         self._fenced: Fenced | None = None
         self._blocks: BlockState | None = None
         self._lost: set[int] = set()
+        self._since_anchor = 0
         self.last: Manifest | None = None
         """The newest version in the log."""
         try:
@@ -153,6 +157,7 @@ class Publisher:
         if full:
             news.append(anchor := _as_anchor(manifest))
             parts += _on(WEIGHTS_ANCHORS, pack(anchor, state, signer))
+            self._see_to_room(anchor.size_bytes)
         for anchor, content in self._asked_for(named - {progress.version}):
             news.append(anchor)
             parts += _on(WEIGHTS_ANCHORS, pack(anchor, content, signer))
@@ -170,6 +175,7 @@ class Publisher:
             self._retention.anchor(anchor)
         self._retention.made[manifest.version] = now_ms
         self._retention.trim(before_ms, named)
+        self._since_anchor = 0 if full else self._since_anchor + manifest.size_bytes
         self.last, self._blocks = manifest, blocks
         return manifest
 
@@ -198,11 +204,18 @@ class Publisher:
 
     def _anchor_is_due(self, now_ms: int) -> bool:
         newest = max(self._retention.anchors, default=None)
-        if newest is None:
+        if newest is None or self._since_anchor >= self._terms.kept_bytes // 4:
             return True
-        return (
-            now_ms - self._retention.anchors[newest].created_ms >= self._terms.anchor_every_s * 1000
-        )
+        since_ms = now_ms - self._retention.anchors[newest].created_ms
+        return since_ms >= self._terms.anchor_every_s * 1000
+
+    def _see_to_room(self, full_bytes: int) -> None:
+        kept_bytes = self._terms.kept_bytes
+        if 8 * full_bytes > kept_bytes:
+            log.warning(
+                "a full version takes %d MiB, kafka.weights_mb = %d: versions leave the log before their horizon",
+                *(full_bytes >> 20, kept_bytes >> 20),
+            )
 
     def _asked_for(self, named: set[int]) -> list[tuple[Manifest, State]]:
         """The versions that an arm names and that are not there in full yet."""

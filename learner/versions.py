@@ -121,7 +121,12 @@ class Versions:
     def _first(self, policy: PolicySettings, start_from: Path | None) -> Resumed:
         """What the first rank finds, alone."""
         learn = self._learn
-        terms = Terms(learn.weights_horizon_s, learn.anchor_every_s, signer(learn.signing_key))
+        terms = Terms(
+            learn.weights_horizon_s,
+            learn.anchor_every_s,
+            self._kafka.weights_mb << 20,
+            signer(learn.signing_key),
+        )
         self._publisher = Publisher(self._kafka.bootstrap, terms)
         last, alone = self._publisher.last, self._ranks.alone()
         if last is None:

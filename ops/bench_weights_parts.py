@@ -88,7 +88,9 @@ class Mover:
         learn, bootstrap = lineage.config.learn, lineage.config.kafka.bootstrap
         path = Start.at(lineage.folder / "start").policy
         _, progress, codebooks = load(path, learn, learn.lr)
-        publisher = Publisher(bootstrap, Terms(learn.weights_horizon_s, learn.anchor_every_s))
+        kept_bytes = lineage.config.kafka.weights_mb << 20
+        terms = Terms(learn.weights_horizon_s, learn.anchor_every_s, kept_bytes)
+        publisher = Publisher(bootstrap, terms)
         assert publisher.last is not None
         progress.version = publisher.last.version
         found = version_at(bootstrap, progress.version).state

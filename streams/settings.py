@@ -33,6 +33,8 @@ class KafkaSettings:
     """Replicas of every topic; an embedded broker can hold one."""
     retention_s: Positive = 86_400.0
     """Age of the log after which exposures, feedback and samples are deleted (audit horizon)."""
+    weights_mb: Count = 4096
+    """What versions changed is kept up to this size, MiB; at least eight full versions should fit."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def topics(kafka: KafkaSettings) -> list[Topic]:
         Topic(HISTORIES, users, compact),
         Topic(SHAPING, users, compact),
         Topic(WEIGHTS_ANCHORS, 1, {**compact, "delete.retention.ms": "600000"}),
-        Topic(WEIGHTS, 1, {**by_time, "retention.bytes": str(4 << 30)}),
+        Topic(WEIGHTS, 1, {**by_time, "retention.bytes": str(kafka.weights_mb << 20)}),
         Topic(WEIGHTS_ACKS, 1, by_time),
         Topic(CATALOGUE, 1, {**compact, "min.compaction.lag.ms": str(day_ms)}),
         Topic(CATALOGUE_ACKS, 1, signs),

@@ -256,6 +256,19 @@ def test_expired_versions_are_deleted_but_never_one_that_an_arm_names(lineage: L
     assert kept(lineage.kafka) == {1, 2, 4, 5}  # 4 leads to what was newest a moment ago
 
 
+def test_what_leads_from_an_anchor_to_the_newest_version_fits_what_is_kept(
+    lineage: Lineage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A version of this size has 365 kB: one delta after an anchor is more than a quarter of a megabyte."""
+    little = replace(lineage, kafka=replace(lineage.kafka, weights_mb=1))
+    with little.started(replace(STEPWISE, anchor_every_s=3600.0)) as learner:
+        for number in range(1, 5):
+            little.write(little.samples(4, seed=number))
+            learn(learner, little, 4 * number)
+    assert kept(little.kafka) == {1, 3, 5}
+    assert "kafka.weights_mb = 1: versions leave the log before their horizon" in caplog.text
+
+
 def kept(kafka: KafkaSettings) -> set[int]:
     """Full versions of which compaction would leave something; none may be there in part."""
     values: dict[str, bytes | None] = {}
