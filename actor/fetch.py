@@ -5,22 +5,44 @@ from contextlib import aclosing
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from streams.chain import Chain, Version
+from streams.aioclients import leave
+from streams.chain import Chain, Version, Whole
 from streams.signing import Trust
 from streams.topics import WEIGHTS, WEIGHTS_ANCHORS
-from streams.weights import Assembler, Manifest, WeightError
+from streams.weights import Assembler, WeightError
 
 ANCHORS_PLACE = TopicPartition(WEIGHTS_ANCHORS, 0)
 CHAIN_PLACE = TopicPartition(WEIGHTS, 0)
 
 
-async def fetch(
-    consumer: AIOKafkaConsumer, anchor_at: int, version: int, trust: Trust | None
-) -> Version:
-    """A version, from the anchor whose manifest stands at `anchor_at`; the consumer is started and not assigned.
+def reader(bootstrap: str) -> AIOKafkaConsumer:
+    """A consumer without a group, that an actor reads with; not started."""
+    return AIOKafkaConsumer(
+        bootstrap_servers=bootstrap,
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        isolation_level="read_committed",
+        fetch_max_wait_ms=50,
+        max_partition_fetch_bytes=16 << 20,
+    )
+
+
+async def fetch(bootstrap: str, anchor_at: int, version: int, trust: Trust | None) -> Version:
+    """A version, from the anchor whose manifest stands at `anchor_at`.
 
     Raises `WeightError` where the log does not lead to it, and `KafkaError`.
     """
+    consumer = reader(bootstrap)
+    try:
+        await consumer.start()
+        return await _fetched(consumer, anchor_at, version, trust)
+    finally:
+        await leave(consumer.stop())
+
+
+async def _fetched(
+    consumer: AIOKafkaConsumer, anchor_at: int, version: int, trust: Trust | None
+) -> Version:
     chain = Chain()
     async with aclosing(_wholes(consumer, ANCHORS_PLACE, anchor_at, trust)) as anchors:
         async for manifest, content in anchors:
@@ -39,7 +61,7 @@ async def fetch(
 
 async def _wholes(
     consumer: AIOKafkaConsumer, place: TopicPartition, first: int, trust: Trust | None
-) -> AsyncGenerator[tuple[Manifest, bytes], None]:
+) -> AsyncGenerator[Whole, None]:
     """The versions of a topic from an offset to its present end."""
     consumer.assign([place])
     end = (await consumer.end_offsets([place]))[place]

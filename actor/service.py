@@ -22,27 +22,27 @@ from prometheus_client import Counter
 
 from actor.batching import Batcher
 from actor.explore import Exploration
-from actor.first_seconds import FirstSeconds, Harm
 from actor.outgoing import Outgoing
 from actor.policy import Arms, ServedPolicy
 from actor.presence import Presence
 from actor.producing import Producing, RefusedError, reason
 from actor.recommend import SEEDS, Prepared, decode, expose, fall_back, prepare
+from actor.returning import Returning
 from actor.sampling import Slates
 from actor.search import NotFiniteError
 from actor.settings import ActorSettings
 from actor.subscription import Subscription
 from actor.users import Users
+from actor.words import Words
 from learner.catalogue import Catalogue
 from learner.settings import PolicySettings
 from storage.kv import StoreError
 from storage.spool import Spool, spool_folder
-from streams.aioclients import leave_producer
 from streams.control import arm_of
-from streams.events import LEVELS, Command, Exposure, Feedback, FeedbackKind, encode
+from streams.events import Exposure, Feedback, FeedbackKind, encode
 from streams.settings import KafkaSettings
 from streams.signing import KeyFileError, trust
-from streams.topics import CONTROL, EXPOSURES, FEEDBACK
+from streams.topics import EXPOSURES, FEEDBACK
 
 log = logging.getLogger("dwell.actor")
 
@@ -51,16 +51,9 @@ FALLBACKS = Counter(
     "dwell_actor_fallbacks_total",
     "Slates served without the policy: no time, or it cannot be drawn from",
 )
-HARMS = Counter(
-    "dwell_actor_harms_total", "Returns asked for in a version's first seconds", ["arm"]
-)
 EVENTS = Counter("dwell_actor_feedback_total", "Feedback events taken", ["kind"])
 
 DRAIN_BATCH_BYTES = 128 << 10  # eight times aiokafka's: one request a broker is under way at a time
-
-
-SAY_S = 3.0
-"""Longest wait for Kafka to hear of a return."""
 
 
 class ServiceError(RuntimeError):
@@ -115,8 +108,6 @@ class Service:
         except KeyFileError as error:
             raise ServiceError(f"actor.trusted_key: {error}") from None
         self._batcher = Batcher(self._decode, settings.max_batch)
-        self._watches: dict[str, FirstSeconds] = {}
-        self._saying: set[asyncio.Task[None]] = set()
         self.fault = ""
         """Why this service cannot go on; empty while it can."""
         self.failed = asyncio.Event()
@@ -133,21 +124,23 @@ class Service:
             try:
                 await self._outgoing.open()
                 stack.push_async_callback(self._outgoing.close)
-                self._words = AIOKafkaProducer(bootstrap_servers=self._kafka.bootstrap)
-                stack.push_async_callback(leave_producer, self._words)
-                await self._words.start()
+                words = Words(self._kafka.bootstrap)
+                stack.push_async_callback(words.leave)
+                await words.connect()
+                self._returning = Returning(self.name, self._arms.control, words)
                 subscription = Subscription(
                     self.name,
                     self._kafka,
                     self._arms,
                     self._catalogue,
                     self._users,
+                    words,
                     self._trust,
                 )
                 stack.push_async_callback(subscription.stop)
                 stack.push_async_callback(self._presence.leave)
                 await self._presence.start(subscription.catalogue_complete_ms, self._fail)
-                await subscription.start(self._words)
+                await subscription.start()
             except KafkaError as error:
                 raise ServiceError(f"Kafka at {self._kafka.bootstrap}: {reason(error)}") from None
             tasks = [
@@ -254,44 +247,8 @@ class Service:
             raise NotReadyError(f"no item of the catalogue is left for user {user!r}")
         await self._send(EXPOSURES, [(user, encode(exposure))])
         self._users.exposed(user, [item.item for item in exposure.items], exposure.request)
-        first = exposure.items[0]
-        if first.logp_levels is not None:
-            seen = -sum(first.logp_levels) / LEVELS, time.monotonic()
-            self._heed(arm, lambda watch: watch.served(exposure.policy_version, first.item, *seen))
+        self._returning.served(exposure)
         return exposure
-
-    def _heed(self, arm: str, seen: Callable[[FirstSeconds], Harm | None]) -> None:
-        """What an arm's watch makes of this; a return is asked for on `control` while requests go on."""
-        watch = self._watches.setdefault(arm, FirstSeconds())
-        if arm in self._arms.control.pinned:
-            watch.rest()
-            return
-        harm = seen(watch)
-        if harm is None:
-            return
-        HARMS.labels(arm).inc()
-        log.error("%s returns to version %d: %s", arm, harm.version, harm.why)
-        task = asyncio.create_task(self._say(arm, harm))
-        self._saying.add(task)
-        task.add_done_callback(self._saying.discard)
-
-    async def _say(self, arm: str, harm: Harm) -> None:
-        command = Command(
-            id=uuid4().hex,
-            time_ms=int(time.time() * 1000),
-            who=self.name,
-            why=harm.why,
-            action="rollback",
-            arm=arm,
-            version=harm.version,
-            upto=harm.upto,
-        )
-        try:
-            async with asyncio.timeout(SAY_S):
-                await self._words.send_and_wait(CONTROL, encode(command), partition=0)
-        except (KafkaError, TimeoutError) as error:
-            log.warning("the return of %s could not be said: %s", arm, reason(error))
-            self._watches[arm].again()
 
     async def _slate(self, policy: ServedPolicy, prepared: Prepared) -> Exposure:
         """The policy's slate, or a fallback where that takes too long."""
@@ -306,8 +263,7 @@ class Service:
         except NotFiniteError as error:
             FALLBACKS.inc()
             log.warning("version %d: %s", policy.version, error)
-            seen = policy.version, str(error), time.monotonic()
-            self._heed(prepared.arm, lambda watch: watch.broken(*seen))
+            self._returning.broken(prepared.arm, policy.version, str(error))
             now_ms = int(time.time() * 1000)
             return fall_back(policy, prepared, self._catalogue, temperature, self._rng, now_ms)
         return expose(

@@ -15,22 +15,24 @@ import asyncio
 import logging
 import time
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord, RecordMetadata
 from prometheus_client import Counter, Gauge, Histogram
 
-from actor.fetch import ANCHORS_PLACE, CHAIN_PLACE, fetch
+from actor.fetch import ANCHORS_PLACE, CHAIN_PLACE, reader
+from actor.following import WEIGHT_PLACES, Following
 from actor.policy import Arms, ServedPolicy, materialise
 from actor.users import Users
+from actor.words import Words
 from learner.catalogue import Catalogue, CatalogueError
 from streams.aioclients import leave
-from streams.chain import Chain, Version, in_order
+from streams.chain import Version
 from streams.events import UnreadableError, command_decoder, decode, encode
 from streams.settings import KafkaSettings
 from streams.signing import Trust
 from streams.topics import CATALOGUE, CONTROL, HISTORIES, WEIGHTS_ACKS
-from streams.weights import Ack, Assembler, Manifest, WeightError, weights_decoder
+from streams.weights import Ack, Manifest, WeightError
 
 log = logging.getLogger("dwell.actor")
 
@@ -44,7 +46,6 @@ CATALOGUE_PLACE = TopicPartition(CATALOGUE, 0)
 
 ACK_PATIENCE_S = 1.0
 RETRY_S = 0.5
-FALLBACKS = 3  # older versions that an actor tries when it starts on a damaged one
 
 
 class Subscription:
@@ -57,6 +58,7 @@ class Subscription:
         arms: Arms,
         catalogue: Catalogue,
         users: Users,
+        words: Words,
         trust: Trust | None = None,
     ) -> None:
         self._name = name
@@ -64,22 +66,14 @@ class Subscription:
         self._arms = arms
         self._catalogue = catalogue
         self._users = users
-        self._consumer = self._reader()
-        self._trust = trust
-        self._assemblers = {place: Assembler(trust) for place in (ANCHORS_PLACE, CHAIN_PLACE)}
-        self._begun: dict[TopicPartition, Manifest] = {}
-        self._arrived: list[tuple[Manifest, bytes]] = []
-        self._refused: list[tuple[Manifest, str]] = []
-        self._chain = Chain()
+        self._words = words
+        self._consumer = reader(kafka.bootstrap)
+        self._following = Following(kafka.bootstrap, trust)
         self._tried = 0
         """The head of the chain that was made a policy last, or could not be."""
-        self._offsets: dict[int, int] = {}
-        """Where each anchor's manifest stands in the log."""
-        self._unusable: set[int] = set()
 
-    async def start(self, acks: AIOKafkaProducer) -> None:
+    async def start(self) -> None:
         """Read all logs to their present ends and take the versions to be served; raises `KafkaError`."""
-        self._acks = acks
         await self._consumer.start()
         histories = [TopicPartition(HISTORIES, p) for p in range(self._kafka.partitions)]
         others = [CATALOGUE_PLACE, *histories, ANCHORS_PLACE]
@@ -92,7 +86,7 @@ class Subscription:
         await self._read_to_end([CONTROL_PLACE])
         self._consumer.resume(*others)
         await self._read_to_end(others)
-        self._arrived = sorted(self._arrived, key=lambda whole: whole[0].version)[-1:]
+        self._following.pass_over()
         await self._settle()
         self._consumer.resume(CHAIN_PLACE)
         await self._read_to_end([CHAIN_PLACE])
@@ -131,16 +125,6 @@ class Subscription:
             while await self._consumer.position(place) < end:
                 await self._poll(200)
 
-    def _reader(self) -> AIOKafkaConsumer:
-        return AIOKafkaConsumer(
-            bootstrap_servers=self._kafka.bootstrap,
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            isolation_level="read_committed",
-            fetch_max_wait_ms=50,
-            max_partition_fetch_bytes=16 << 20,
-        )
-
     async def _poll(self, timeout_ms: int) -> bool:
         """Take what has come; whether arms may have to change."""
         settle = False
@@ -152,10 +136,10 @@ class Subscription:
     def _take(self, place: TopicPartition, record: ConsumerRecord) -> bool:
         """One record; what cannot be used costs nothing else."""
         try:
-            if place in self._assemblers:
-                return self._take_weights(place, record)
+            if place in WEIGHT_PLACES:
+                return self._following.take(place, record)
             if place == CONTROL_PLACE:
-                self._unusable.clear()  # whoever names a version again wants it tried again
+                self._following.unusable.clear()  # whoever names a version again wants it tried again
                 if not self._arms.control.apply(decode(command_decoder, record.value)):
                     log.warning("control offset %d: the command makes no sense", record.offset)
                 return True
@@ -169,99 +153,35 @@ class Subscription:
             log.warning("%s offset %d: %s", record.topic, record.offset, error)
         return False
 
-    def _take_weights(self, place: TopicPartition, record: ConsumerRecord) -> bool:
-        number, _, part = (record.key or b"").decode(errors="replace").partition("/")
-        if part == "manifest" and number.isdigit():
-            begun = None if record.value is None else _manifest(record.value)
-            if begun is None:
-                self._begun.pop(place, None)
-            else:
-                self._begun[place] = begun
-                self._unusable.discard(int(number))
-            if place == ANCHORS_PLACE:
-                self._offsets.pop(int(number), None)
-                if record.value is not None:
-                    self._offsets[int(number)] = record.offset
-        try:
-            whole = self._assemblers[place].take(record.value)
-        except WeightError as error:
-            log.error("%s offset %d: %s", record.topic, record.offset, error)
-            if place in self._begun:
-                self._refused.append((self._begun.pop(place), str(error)))
-            return True
-        if whole is None:
-            return False
-        self._begun.pop(place, None)
-        self._arrived.append(whole)
-        return True
-
     async def _settle(self) -> None:
         """Bring every arm to what `control` says, as far as versions can be had; raises `KafkaError`."""
-        for manifest, reason in self._refused:
+        for manifest, reason in await self._following.advance(self._consumer):
             await self._acknowledge(manifest, reason)
-        self._refused.clear()
-        await self._advance()
         if not self._catalogue.codebook:
             return
         await self._take_newest()
         await self._swap({})
         fetched = {}
-        for version in self._arms.missing() - self._unusable:
+        for version in self._arms.missing() - self._following.unusable:
             policy = await self._fetch(version)
             if policy is None:
-                self._unusable.add(version)
+                self._following.unusable.add(version)
             else:
                 fetched[version] = policy
         if fetched:
             await self._swap(fetched)
 
-    async def _advance(self) -> None:
-        """Follow the chain over what has arrived."""
-        arrived, self._arrived = in_order(self._arrived), []
-        for manifest, content in arrived:
-            try:
-                await asyncio.to_thread(self._chain.take, manifest, content)
-            except WeightError as error:
-                log.error("refused: %s", error)
-                await self._acknowledge(manifest, str(error))
-        if arrived and self._chain.head is None:
-            self._chain.head = older = await self._older(arrived[-1][0].version)
-            self._chain.rewind = older.manifest.chain if older else None
-        await self._rewind()
-
-    async def _rewind(self) -> None:
-        """After an anchor, read its deltas, some of them again."""
-        if self._chain.rewind is None:
-            return
-        first = (await self._consumer.beginning_offsets([CHAIN_PLACE]))[CHAIN_PLACE]
-        wanted = max(first, self._chain.rewind)
-        if wanted < await self._consumer.position(CHAIN_PLACE) or CHAIN_PLACE in (
-            self._consumer.paused()
-        ):
-            self._consumer.seek(CHAIN_PLACE, wanted)
-            self._assemblers[CHAIN_PLACE] = Assembler(self._trust)
-        self._chain.rewind = None
-
     async def _take_newest(self) -> None:
         """Let the head of the chain be the newest policy."""
-        head, newest = self._chain.head, self._arms.newest
+        head, newest = self._following.head, self._arms.newest
         if head is None or head.number <= self._tried:
             return
         self._tried = head.number
         policy = await self._materialise(head)
         if policy is None and newest is None:
-            older = await self._older(head.number)
+            older = await self._following.older(head.number)
             policy = None if older is None else await self._materialise(older)
         self._arms.newest = policy or newest
-
-    async def _older(self, refused: int) -> Version | None:
-        """The newest version in full before one that was refused."""
-        older = sorted((version for version in self._offsets if version < refused), reverse=True)
-        for version in older[:FALLBACKS]:
-            found = await self._read(version)
-            if found is not None:
-                return found
-        return None
 
     async def _swap(self, fetched: dict[int, ServedPolicy]) -> None:
         for policy in self._arms.settle(fetched):
@@ -283,24 +203,8 @@ class Subscription:
 
     async def _fetch(self, version: int) -> ServedPolicy | None:
         """One older version, ready to be served; None where it is not there or cannot be used."""
-        found = await self._read(version)
+        found = await self._following.read(version)
         return None if found is None else await self._materialise(found)
-
-    async def _read(self, version: int) -> Version | None:
-        """Read one older version from the log; None where that does not lead to it."""
-        anchor = max((one for one in self._offsets if one <= version), default=None)
-        if anchor is None:
-            log.error("version %d is not in the log", version)
-            return None
-        consumer = self._reader()
-        try:
-            await consumer.start()
-            return await fetch(consumer, self._offsets[anchor], version, self._trust)
-        except WeightError as error:
-            log.error("%s", error)
-            return None
-        finally:
-            await leave(consumer.stop())
 
     async def _acknowledge(self, manifest: Manifest, refused: str) -> None:
         """Say what became of a version; nothing depends on being heard."""
@@ -318,19 +222,11 @@ class Subscription:
         )
         try:
             async with asyncio.timeout(ACK_PATIENCE_S):
-                sent = await self._acks.send(WEIGHTS_ACKS, encode(ack), partition=0)
+                sent = await self._words.send(WEIGHTS_ACKS, encode(ack))
         except (KafkaError, TimeoutError) as error:
             log.warning("version %d is not acknowledged: %r", manifest.version, error)
             return
         sent.add_done_callback(_heard)
-
-
-def _manifest(value: bytes) -> Manifest | None:
-    try:
-        part = decode(weights_decoder, value)
-    except UnreadableError:
-        return None
-    return part if isinstance(part, Manifest) else None
 
 
 def _heard(sent: asyncio.Future[RecordMetadata]) -> None:

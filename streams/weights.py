@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from streams.blocks import State
+from streams.blocks import BlockState, State
 from streams.events import VERSION, UnreadableError, decode, encode
 from streams.signing import Signer, Trust
 
@@ -121,7 +121,7 @@ weights_decoder: Final[msgspec.msgpack.Decoder[WeightRecord]] = msgspec.msgpack.
 ack_decoder: Final = msgspec.msgpack.Decoder(Ack)
 
 
-def schema_of(state: State) -> list[TensorSchema]:
+def schema_of(state: State | BlockState) -> list[TensorSchema]:
     """The state's tensors by name."""
     return [
         TensorSchema(name=name, dtype=str(state[name].dtype), shape=list(state[name].shape))
