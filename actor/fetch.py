@@ -9,7 +9,7 @@ from streams.aioclients import leave
 from streams.chain import Chain, Version, Whole
 from streams.signing import Trust
 from streams.topics import WEIGHTS, WEIGHTS_ANCHORS
-from streams.weights import Assembler, WeightError
+from streams.weights import Assembler, Seal, WeightError
 
 ANCHORS_PLACE = TopicPartition(WEIGHTS_ANCHORS, 0)
 CHAIN_PLACE = TopicPartition(WEIGHTS, 0)
@@ -27,8 +27,10 @@ def reader(bootstrap: str) -> AIOKafkaConsumer:
     )
 
 
-async def fetch(bootstrap: str, anchor_at: int, version: int, trust: Trust | None) -> Version:
-    """A version, from the anchor whose manifest stands at `anchor_at`.
+async def fetch(
+    bootstrap: str, anchor_at: int, version: int, trust: Trust | None
+) -> tuple[Version, Seal]:
+    """A version with its seal, from the anchor whose manifest stands at `anchor_at`.
 
     Raises `WeightError` where the log does not lead to it, and `KafkaError`.
     """
@@ -42,26 +44,28 @@ async def fetch(bootstrap: str, anchor_at: int, version: int, trust: Trust | Non
 
 async def _fetched(
     consumer: AIOKafkaConsumer, anchor_at: int, version: int, trust: Trust | None
-) -> Version:
-    chain = Chain()
+) -> tuple[Version, Seal]:
+    chain, seal = Chain(), Seal(b"", b"")
     async with aclosing(_wholes(consumer, ANCHORS_PLACE, anchor_at, trust)) as anchors:
-        async for manifest, content in anchors:
-            chain.take(manifest, content)
+        async for whole, sealed in anchors:
+            chain.take(*whole)
+            seal = sealed
             break
     if chain.rewind is not None and chain.head is not None and chain.head.number < version:
         async with aclosing(_wholes(consumer, CHAIN_PLACE, chain.rewind, trust)) as deltas:
-            async for manifest, content in deltas:
-                chain.take(manifest, content)
-                if manifest.version >= version:
+            async for whole, sealed in deltas:
+                chain.take(*whole)
+                seal = sealed
+                if whole[0].version >= version:
                     break
     if chain.head is None or chain.head.number != version:
         raise WeightError(f"version {version} is not in the log, or not whole")
-    return chain.head
+    return chain.head, seal
 
 
 async def _wholes(
     consumer: AIOKafkaConsumer, place: TopicPartition, first: int, trust: Trust | None
-) -> AsyncGenerator[Whole, None]:
+) -> AsyncGenerator[tuple[Whole, Seal], None]:
     """The versions of a topic from an offset to its present end."""
     consumer.assign([place])
     end = (await consumer.end_offsets([place]))[place]
@@ -72,4 +76,4 @@ async def _wholes(
             for record in records:
                 whole = assembler.take(record.value)
                 if whole is not None:
-                    yield whole
+                    yield whole, assembler.seal

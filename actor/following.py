@@ -15,7 +15,7 @@ from actor.fetch import ANCHORS_PLACE, CHAIN_PLACE, fetch
 from streams.chain import Chain, Version, Whole
 from streams.events import UnreadableError, decode
 from streams.signing import Trust
-from streams.weights import Assembler, Manifest, WeightError, weights_decoder
+from streams.weights import Assembler, Manifest, Seal, WeightError, weights_decoder
 
 log = logging.getLogger("dwell.actor")
 
@@ -23,6 +23,8 @@ WEIGHT_PLACES: Final = (ANCHORS_PLACE, CHAIN_PLACE)
 
 OLDER: Final = 3
 """Older versions that are tried where the newest is damaged and there is none to go on with."""
+
+SEALS: Final = 64
 
 Refused = tuple[Manifest, str]
 
@@ -40,6 +42,8 @@ class Following:
         self._refused: list[Refused] = []
         self._offsets: dict[int, int] = {}
         """Where each anchor's manifest stands in the log."""
+        self._seals: dict[int, Seal] = {}
+        """Of the versions that came last."""
         self.unusable: set[int] = set()
         """Versions that were read from the log in vain; not tried again until something is said of them."""
 
@@ -47,6 +51,30 @@ class Following:
     def head(self) -> Version | None:
         """The newest version."""
         return self._chain.head
+
+    def seal(self, version: int) -> Seal:
+        """What was signed of a version that came lately."""
+        return self._seals[version]
+
+    def begin(self, version: Version, seal: Seal) -> None:
+        """Go on from a version that was had elsewhere."""
+        self._chain.begin(version)
+        self._seal(version.number, seal)
+
+    def again(self) -> None:
+        """Both topics are read by another consumer: anew, but for what the newest version makes needless."""
+        self._assemblers = {place: Assembler(self._trust) for place in WEIGHT_PLACES}
+        self._begun.clear()
+        self._arrived.clear()
+        self._offsets.clear()
+        if self._chain.head is not None:
+            self._chain.begin(self._chain.head)
+
+    def _seal(self, version: int, seal: Seal) -> None:
+        self._seals.pop(version, None)
+        self._seals[version] = seal
+        if len(self._seals) > SEALS:
+            del self._seals[next(iter(self._seals))]
 
     def take(self, place: TopicPartition, record: ConsumerRecord) -> bool:
         """Take a record of a place; whether a version has come, or cannot."""
@@ -64,6 +92,7 @@ class Following:
             return False
         self._begun.pop(place, None)
         self._arrived.append(whole)
+        self._seal(whole[0].version, self._assemblers[place].seal)
         return True
 
     def _note(self, place: TopicPartition, version: int, record: ConsumerRecord) -> None:
@@ -127,10 +156,12 @@ class Following:
             log.error("version %d is not in the log", version)
             return None
         try:
-            return await fetch(self._bootstrap, self._offsets[anchor], version, self._trust)
+            found, seal = await fetch(self._bootstrap, self._offsets[anchor], version, self._trust)
         except WeightError as error:
             log.error("%s", error)
             return None
+        self._seal(version, seal)
+        return found
 
 
 def _manifest(value: bytes) -> Manifest | None:

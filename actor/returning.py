@@ -40,6 +40,11 @@ class Returning:
         self._watches: dict[str, FirstSeconds] = {}
         self._saying: set[asyncio.Task[None]] = set()
 
+    def passed(self, arm: str) -> int:
+        """The newest version that has passed its first seconds with an arm; 0 for none."""
+        watch = self._watches.get(arm)
+        return 0 if watch is None else watch.passed
+
     def served(self, exposure: Exposure) -> None:
         """A slate that was shown: its first slot is looked at, if the policy drew it."""
         first = exposure.items[0]

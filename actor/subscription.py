@@ -20,6 +20,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord, RecordMetadata
 from prometheus_client import Counter, Gauge, Histogram
 
+from actor.copying import Copying
 from actor.fetch import ANCHORS_PLACE, CHAIN_PLACE, reader
 from actor.following import WEIGHT_PLACES, Following
 from actor.policy import Arms, ServedPolicy, materialise
@@ -32,7 +33,7 @@ from streams.events import UnreadableError, command_decoder, decode, encode
 from streams.settings import KafkaSettings
 from streams.signing import Trust
 from streams.topics import CATALOGUE, CONTROL, HISTORIES, WEIGHTS_ACKS
-from streams.weights import Ack, Manifest, WeightError
+from streams.weights import Ack, Manifest, Seal, WeightError
 
 log = logging.getLogger("dwell.actor")
 
@@ -59,6 +60,7 @@ class Subscription:
         catalogue: Catalogue,
         users: Users,
         words: Words,
+        copying: Copying,
         trust: Trust | None = None,
     ) -> None:
         self._name = name
@@ -67,20 +69,33 @@ class Subscription:
         self._catalogue = catalogue
         self._users = users
         self._words = words
+        self._copying = copying
         self._consumer = reader(kafka.bootstrap)
         self._following = Following(kafka.bootstrap, trust)
         self._tried = 0
         """The head of the chain that was made a policy last, or could not be."""
 
+    def resume(self, newest: tuple[Version, Seal] | None) -> None:
+        """Before `start`: what was copied is here already, up to the copy's positions."""
+        if newest is not None:
+            self._following.begin(*newest)
+            self._tried = newest[0].number
+
     async def start(self) -> None:
-        """Read all logs to their present ends and take the versions to be served; raises `KafkaError`."""
+        """Read all logs to their present ends and take the versions to be served.
+
+        Raises `KafkaError`, and may then be tried again: it goes on where it was.
+        """
+        await self.stop()
+        self._consumer = reader(self._kafka.bootstrap)
+        self._following.again()
         await self._consumer.start()
         histories = [TopicPartition(HISTORIES, p) for p in range(self._kafka.partitions)]
         others = [CATALOGUE_PLACE, *histories, ANCHORS_PLACE]
         every = [CONTROL_PLACE, *others, CHAIN_PLACE]
         self._consumer.assign(every)
         for place, first in (await self._consumer.beginning_offsets(every)).items():
-            self._consumer.seek(place, first)
+            self._consumer.seek(place, self._copying.positions.get(place, first))
         # control first: it names the versions to be served; the chain last, from the newest anchor on
         self._consumer.pause(*others, CHAIN_PLACE)
         await self._read_to_end([CONTROL_PLACE])
@@ -91,6 +106,7 @@ class Subscription:
         self._consumer.resume(CHAIN_PLACE)
         await self._read_to_end([CHAIN_PLACE])
         await self._settle()
+        self._copying.complete()
 
     async def catalogue_complete_ms(self) -> int | None:
         """When Kafka last said that there is nothing of the catalogue left to apply; None before it has."""
@@ -138,20 +154,31 @@ class Subscription:
         try:
             if place in WEIGHT_PLACES:
                 return self._following.take(place, record)
+            self._copying.positions[place] = record.offset + 1
             if place == CONTROL_PLACE:
                 self._following.unusable.clear()  # whoever names a version again wants it tried again
                 if not self._arms.control.apply(decode(command_decoder, record.value)):
                     log.warning("control offset %d: the command makes no sense", record.offset)
+                self._copying.command(record)
                 return True
             if place == CATALOGUE_PLACE:
-                first = not self._catalogue.codebook
-                self._catalogue.take(record.offset, record.key, record.value)
-                CATALOGUE_ITEMS.set(len(self._catalogue.items))
-                return first
+                return self._take_item(record)
             self._users.take_history((record.key or b"").decode(), record.value)
+            self._copying.history(record)
         except (UnreadableError, CatalogueError, UnicodeDecodeError) as error:
             log.warning("%s offset %d: %s", record.topic, record.offset, error)
         return False
+
+    def _take_item(self, record: ConsumerRecord) -> bool:
+        """A record of the catalogue; whether it is the first that has a codebook."""
+        first, item = not self._catalogue.codebook, (record.key or b"").decode(errors="replace")
+        before = self._catalogue.items.get(item)
+        self._catalogue.take(record.offset, record.key, record.value)
+        after = self._catalogue.items.get(item)
+        moved = before is None or after is None or before.sid != after.sid
+        self._copying.item(record, moved)
+        CATALOGUE_ITEMS.set(len(self._catalogue.items))
+        return first
 
     async def _settle(self) -> None:
         """Bring every arm to what `control` says, as far as versions can be had; raises `KafkaError`."""
@@ -195,7 +222,11 @@ class Subscription:
         """Build a version in a thread: requests go on meanwhile."""
         codebook, codes = self._catalogue.codebook, self._catalogue.valid.codes
         try:
-            return await asyncio.to_thread(materialise, version, codebook, codes, self._arms.newest)
+            policy = await asyncio.to_thread(
+                materialise, version, codebook, codes, self._arms.newest
+            )
+            self._copying.built(version, self._following.seal(version.number))
+            return policy
         except WeightError as error:
             log.error("refused: %s", error)
             await self._acknowledge(version.manifest, str(error))
