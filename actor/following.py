@@ -24,8 +24,6 @@ WEIGHT_PLACES: Final = (ANCHORS_PLACE, CHAIN_PLACE)
 OLDER: Final = 3
 """Older versions that are tried where the newest is damaged and there is none to go on with."""
 
-SEALS: Final = 64
-
 Refused = tuple[Manifest, str]
 
 
@@ -43,7 +41,7 @@ class Following:
         self._offsets: dict[int, int] = {}
         """Where each anchor's manifest stands in the log."""
         self._seals: dict[int, Seal] = {}
-        """Of the versions that came last."""
+        """Of the newest version, and of what has arrived or was read since."""
         self.unusable: set[int] = set()
         """Versions that were read from the log in vain; not tried again until something is said of them."""
 
@@ -53,13 +51,13 @@ class Following:
         return self._chain.head
 
     def seal(self, version: int) -> Seal:
-        """What was signed of a version that came lately."""
+        """What was signed of the newest version, or of one that was just read."""
         return self._seals[version]
 
     def begin(self, version: Version, seal: Seal) -> None:
         """Go on from a version that was had elsewhere."""
         self._chain.begin(version)
-        self._seal(version.number, seal)
+        self._seals[version.number] = seal
 
     def again(self) -> None:
         """Both topics are read by another consumer: anew, but for what the newest version makes needless."""
@@ -69,12 +67,6 @@ class Following:
         self._offsets.clear()
         if self._chain.head is not None:
             self._chain.begin(self._chain.head)
-
-    def _seal(self, version: int, seal: Seal) -> None:
-        self._seals.pop(version, None)
-        self._seals[version] = seal
-        if len(self._seals) > SEALS:
-            del self._seals[next(iter(self._seals))]
 
     def take(self, place: TopicPartition, record: ConsumerRecord) -> bool:
         """Take a record of a place; whether a version has come, or cannot."""
@@ -92,7 +84,7 @@ class Following:
             return False
         self._begun.pop(place, None)
         self._arrived.append(whole)
-        self._seal(whole[0].version, self._assemblers[place].seal)
+        self._seals[whole[0].version] = self._assemblers[place].seal
         return True
 
     def _note(self, place: TopicPartition, version: int, record: ConsumerRecord) -> None:
@@ -128,6 +120,8 @@ class Following:
             if older is not None:
                 self._chain.begin(older)
                 _, again = self._chain.follow([])
+        if self._chain.head is not None:
+            self._seals = {self._chain.head.number: self._seals[self._chain.head.number]}
         if again is not None:
             await self._rewind(consumer, again)
         return said
@@ -160,7 +154,7 @@ class Following:
         except WeightError as error:
             log.error("%s", error)
             return None
-        self._seal(version, seal)
+        self._seals[version] = seal
         return found
 
 

@@ -119,7 +119,8 @@ class Presence:
         `fresh_ms` tells when the catalogue was complete, None while nobody knows; `failed` hears of a defect.
         `complete_ms` is of the catalogue that is here already, Kafka being away; None: it is read after this.
         """
-        self._fresh_s = time.time() if complete_ms is None else complete_ms / 1000
+        known_s = float("inf") if complete_ms is None else complete_ms / 1000
+        self._fresh_s = min(time.time(), known_s)
         if complete_ms is None:
             await self._tell()
             if self._sent is not None:
