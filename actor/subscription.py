@@ -49,6 +49,10 @@ ACK_PATIENCE_S = 1.0
 RETRY_S = 0.5
 
 
+class OtherLogError(RuntimeError):
+    """What was copied is not of this log; the message says why."""
+
+
 class Subscription:
     """Keeps arms, catalogue and users up to date; `start`, then `run` until cancelled."""
 
@@ -84,7 +88,7 @@ class Subscription:
     async def start(self) -> None:
         """Read all logs to their present ends and take the versions to be served.
 
-        Raises `KafkaError`, and may then be tried again: it goes on where it was.
+        Raises `KafkaError`, and may then be tried again: it goes on where it was. Or `OtherLogError`.
         """
         await self.stop()
         self._consumer = reader(self._kafka.bootstrap)
@@ -94,8 +98,15 @@ class Subscription:
         others = [CATALOGUE_PLACE, *histories, ANCHORS_PLACE]
         every = [CONTROL_PLACE, *others, CHAIN_PLACE]
         self._consumer.assign(every)
+        ends = await self._consumer.end_offsets(every)
         for place, first in (await self._consumer.beginning_offsets(every)).items():
-            self._consumer.seek(place, self._copying.positions.get(place, first))
+            known = self._copying.positions.get(place, first)
+            if not first <= known <= ends[place]:
+                raise OtherLogError(
+                    f"{place.topic} of partition {place.partition} has offsets {first} to {ends[place]}, and this "
+                    f"actor has read it up to {known}: it is another log now, start it again to read it whole"
+                )
+            self._consumer.seek(place, known)
         # control first: it names the versions to be served; the chain last, from the newest anchor on
         self._consumer.pause(*others, CHAIN_PLACE)
         await self._read_to_end([CONTROL_PLACE])

@@ -30,7 +30,7 @@ from actor.producing import Producing, RefusedError, passes, reason
 from actor.restoring import restore, usable
 from actor.returning import Returning
 from actor.settings import ActorSettings
-from actor.subscription import Subscription
+from actor.subscription import OtherLogError, Subscription
 from actor.users import Users
 from actor.words import Words
 from learner.catalogue import Catalogue
@@ -276,7 +276,9 @@ class Ties:
         try:
             await work()
         except Exception as error:
-            if not isinstance(error, KafkaError | RefusedError | StoreError | TiesError):
+            if not isinstance(
+                error, KafkaError | RefusedError | StoreError | TiesError | OtherLogError
+            ):
                 log.exception("%s ended", what)
             self.fail(f"{what} ended: {reason(error)}")
         else:

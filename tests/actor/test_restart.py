@@ -6,10 +6,12 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from actor.kept import Copy, copy_folder
 from actor.service import ServiceError
 from actor.settings import ActorSettings
 from learner.catalogue import Catalogue
@@ -72,7 +74,7 @@ async def test_an_actor_started_without_a_broker_serves_and_follows_it_when_it_i
     world.publish(1)
     world.publish(2)
     world.write(history(LEARNING), partition=partition_of(LEARNING, PARTITIONS))
-    settings = {"explore_slots": 2, "explore_span": 40}
+    settings: dict[str, Any] = {"explore_slots": 2, "explore_span": 40}
     async with acting(world, tmp_path, **settings) as actor:
         first = await actor.recommend(LEARNING)
         await asyncio.to_thread(world.delete, "i1", "i2")
@@ -131,7 +133,39 @@ async def test_an_actor_started_without_a_broker_serves_and_follows_it_when_it_i
 
 
 @refused
-async def test_a_second_start_without_a_broker_goes_on_from_the_same_copy(
+async def test_what_came_while_an_actor_was_down_is_followed_when_the_broker_is_back(
+    world: World, own_broker: EmbeddedBroker, tmp_path: Path
+) -> None:
+    world.fill_catalogue()
+    world.publish(1)
+    async with acting(world, tmp_path) as actor:
+        await copied(actor, tmp_path, {1})
+    world.delete("i1")
+    world.pin("control", 1)
+    world.move_on()
+    world.move_on()
+    await gone(world, own_broker)
+    requests = []
+    for spooled in (0, 1):  # started twice
+        async with acting(world, tmp_path) as actor:
+            assert actor.service.spooled == spooled
+            requests.append((await actor.recommend(LEARNING)).json["request"])
+            assert "i1" in actor.service._catalogue.items, "nobody could tell it"
+            if spooled:
+                await asyncio.to_thread(own_broker.start)
+                await until(lambda: actor.service.spooled == 0)
+                await until(lambda: serves(actor, 3))
+                assert await actor.arms() == {"control": 1, "learning": 3}
+                assert "i1" not in actor.service._catalogue.items
+                requests.append((await actor.recommend(LEARNING)).json["request"])
+    exposures = world.exposures()
+    assert [exposure.request for exposure in exposures] == requests
+    tree_is_the_logs(world, exposures)
+    assert off(world, exposures) < ROUNDING
+
+
+@refused
+async def test_a_log_that_is_another_than_the_one_copied_ends_the_actor_with_a_sentence(
     world: World, own_broker: EmbeddedBroker, tmp_path: Path
 ) -> None:
     world.fill_catalogue()
@@ -139,15 +173,17 @@ async def test_a_second_start_without_a_broker_goes_on_from_the_same_copy(
     async with acting(world, tmp_path) as actor:
         await copied(actor, tmp_path, {1})
     await gone(world, own_broker)
-    requests = []
-    for spooled in (0, 1):
-        async with acting(world, tmp_path) as actor:
-            assert actor.service.spooled == spooled
-            requests.append((await actor.recommend(LEARNING)).json["request"])
-    own_broker.start()
+    copy = Copy(copy_folder(tmp_path, "actor"))
+    cut = copy.cut()
+    assert cut is not None
+    cut.positions = [(topic, partition, 1000 + at) for topic, partition, at in cut.positions]
+    copy.write({}, cut)
+    copy.close()
     async with acting(world, tmp_path) as actor:
-        await until(lambda: actor.service.spooled == 0)
-    assert [exposure.request for exposure in world.exposures()] == requests
+        await asyncio.to_thread(own_broker.start)
+        await asyncio.wait_for(actor.service.failed.wait(), 20)
+        assert "and this actor has read it up to 1" in actor.service.fault
+        assert "start it again" in actor.service.fault
 
 
 @refused
