@@ -66,6 +66,11 @@ class FirstSeconds:
         self._now = _Served()
         self._asked: tuple[int, float] | None = None
 
+    @property
+    def passed(self) -> int:
+        """The newest version that has passed; 0 for none."""
+        return self._passed[-1] if self._passed else 0
+
     def rest(self) -> None:
         """The arm is pinned: somebody has decided, and nothing is watched until it follows again."""
         self._now, self._asked = _Served(), None

@@ -23,7 +23,7 @@ import msgspec
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from prometheus_client import Counter, Gauge
 
-from actor.producing import Acks, Producing, Record, acknowledged, heard, passes, reason, refused
+from actor.producing import Call, Producing, Record, heard, passes, reason, refused
 from storage.kv import StoreError
 from storage.spool import Spool
 from streams.topics import MAX_MESSAGE_BYTES
@@ -58,32 +58,6 @@ class SpoolFullError(RuntimeError):
     """Kafka is away and there is no room left; the message says how much there was."""
 
 
-class _Call:
-    """The records of one request on their way."""
-
-    def __init__(self, records: list[Record]) -> None:
-        self.records = records
-        self.acks: Acks = []
-        self.kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def left(self) -> list[Record]:
-        """What may not be on the log."""
-        return [
-            record
-            for n, record in enumerate(self.records)
-            if n >= len(self.acks) or not acknowledged(self.acks[n])
-        ]
-
-    def settle(self, error: Exception | None) -> None:
-        """Tell whoever waits what became of it."""
-        if self.kept.done():  # who waited has gone
-            return
-        if error is None:
-            self.kept.set_result(None)
-        else:
-            self.kept.set_exception(error)
-
-
 class Outgoing:
     """The way of events from requests to Kafka; `open`, then run `keep` and `drain` until `close`."""
 
@@ -92,27 +66,33 @@ class Outgoing:
         self._spool = spool
         self._patience_s = patience_s
         self._thread = ThreadPoolExecutor(1, "spool")  # all work on the spool, one after another
-        self._on_the_way: dict[_Call, None] = {}
-        self._queue: deque[_Call] = deque()
+        self._on_the_way: dict[Call, None] = {}
+        self._queue: deque[Call] = deque()
         self._queued = asyncio.Event()
         self._away: asyncio.Future[None]
         """Done while events go through the spool."""
         self._gone = asyncio.Event()
         self._gone_since = 0.0
         self._given_up = False
-        self._held: dict[_Call, asyncio.Future[bool]] | None = None
+        self._held: dict[Call, asyncio.Future[bool]] | None = None
         """Calls that wait for the last chunk, to be told whether they may go directly."""
         self._drained = 0
 
-    async def open(self) -> None:
-        """Connect; raises `KafkaError`, and then there is nothing to close but the spool."""
+    async def open(self, away: bool = False) -> None:
+        """Connect; raises `KafkaError`, and then there is nothing to close but the spool.
+
+        `away`: Kafka does not answer; events go to the spool from the first one on, until `drain` finds it back.
+        """
         self._away = asyncio.get_running_loop().create_future()
-        await self._producing.open()
+        self._given_up = away
+        if not away:
+            await self._producing.open()
         self._tell()
         if self._spool.count:
             (first,) = await self._on_disk(self._spool.oldest, 1, 1)
             SPOOL_OLDEST.set(_decoder.decode(first.record).time_ms / 1000)
             log.warning("%d events of an earlier run go first: %s", *self._what_is_kept())
+        if away or self._spool.count:
             self._leave_direct_way()
 
     async def close(self) -> None:
@@ -137,12 +117,12 @@ class Outgoing:
             if len(user.encode()) + len(value) > MAX_MESSAGE_BYTES:
                 raise MessageSizeTooLargeError(f"{len(value)} bytes for {topic}")
         now_ms = int(time.time() * 1000)
-        call = _Call([Record(now_ms, topic, user, value) for user, value in records])
+        call = Call([Record(now_ms, topic, user, value) for user, value in records])
         directly = not self._away.done() or await self._turn(call)
         if not directly or not await self._acknowledged(topic, call):
             await call.kept
 
-    async def _turn(self, call: _Call) -> bool:
+    async def _turn(self, call: Call) -> bool:
         """Whether Kafka is back for this one; if not, it is on its way to the spool."""
         if self._held is None:
             self._put(call)
@@ -151,7 +131,7 @@ class Outgoing:
         self._held[call] = turn
         return await turn
 
-    async def _acknowledged(self, topic: str, call: _Call) -> bool:
+    async def _acknowledged(self, topic: str, call: Call) -> bool:
         """Send to Kafka: whether it has all of it; if not, it is on its way to the spool."""
         self._on_the_way[call] = None
         sending = asyncio.create_task(self._producing.send(call.records, call.acks))
@@ -211,7 +191,7 @@ class Outgoing:
                 self._put(call)
             turn.set_result(directly)
 
-    def _put(self, call: _Call) -> None:
+    def _put(self, call: Call) -> None:
         self._queue.append(call)
         self._queued.set()
 

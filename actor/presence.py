@@ -103,17 +103,28 @@ class Presence:
             f"actor.max_catalogue_age_s = {self._max_age_s:g} nothing is served"
         )
 
+    @property
+    def complete_ms(self) -> int:
+        """When the catalogue was last known to be complete."""
+        return int(self._fresh_s * 1000)
+
     async def start(
-        self, fresh_ms: Callable[[], Awaitable[int | None]], failed: Callable[[str], None]
+        self,
+        fresh_ms: Callable[[], Awaitable[int | None]],
+        failed: Callable[[str], None],
+        complete_ms: int | None = None,
     ) -> None:
         """Say that this actor is there, and go on saying so; never fails for want of Kafka.
 
         `fresh_ms` tells when the catalogue was complete, None while nobody knows; `failed` hears of a defect.
+        `complete_ms` is of the catalogue that is here already, Kafka being away; None: it is read after this.
         """
-        self._fresh_s = time.time()  # the catalogue is read to its end after this
-        await self._tell()
-        if self._sent is not None:
-            await asyncio.wait([self._sent], timeout=PATIENCE_S)
+        known_s = float("inf") if complete_ms is None else complete_ms / 1000
+        self._fresh_s = min(time.time(), known_s)
+        if complete_ms is None:
+            await self._tell()
+            if self._sent is not None:
+                await asyncio.wait([self._sent], timeout=PATIENCE_S)
         self._task = asyncio.create_task(self._go_on(fresh_ms))
         self._task.add_done_callback(lambda task: _ended(task, failed))
 
@@ -140,7 +151,7 @@ class Presence:
             self._watch_age()
             since_s = time.monotonic() - self._said_at
             moved = self._in_flight.oldest(self._catalogue.version) != self._said
-            if since_s >= SIGN_S or (moved and since_s >= TELL_S):
+            if since_s >= SIGN_S or (moved and not self._unheard and since_s >= TELL_S):
                 await self._tell()
             await asyncio.sleep(LOOK_S)
 

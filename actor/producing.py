@@ -65,6 +65,7 @@ class Producing:
         self._make = make
         self._partitions = partitions
         self._leaving: set[asyncio.Task[None]] = set()
+        self._producer: AIOKafkaProducer | None = None
 
     async def open(self) -> None:
         """Connect; raises `KafkaError`, and then there is nothing to close."""
@@ -72,13 +73,16 @@ class Producing:
 
     async def close(self) -> None:
         """Leave Kafka."""
-        await asyncio.gather(leave_producer(self._producer), *self._leaving)
+        last = [] if self._producer is None else [leave_producer(self._producer)]
+        await asyncio.gather(*last, *self._leaving)
 
     async def replace(self) -> None:
-        """Go on with another producer; raises `KafkaError` or `OSError` while Kafka is away."""
+        """Begin, or go on with another producer; raises `KafkaError` or `OSError` while Kafka is away."""
         async with asyncio.timeout(START_S):
             fresh = await self._started()
         old, self._producer = self._producer, fresh
+        if old is None:
+            return
         leaving = asyncio.create_task(leave_producer(old))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
@@ -88,6 +92,7 @@ class Producing:
 
         Raises whatever the producer does: `passes` tells what that means.
         """
+        assert self._producer is not None
         for record in records:
             ack = await self._producer.send(
                 record.topic,
@@ -107,6 +112,32 @@ class Producing:
             await leave_producer(producer)
             raise
         return producer
+
+
+class Call:
+    """The records of one request on their way."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self.records = records
+        self.acks: Acks = []
+        self.kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def left(self) -> list[Record]:
+        """What may not be on the log."""
+        return [
+            record
+            for n, record in enumerate(self.records)
+            if n >= len(self.acks) or not acknowledged(self.acks[n])
+        ]
+
+    def settle(self, error: Exception | None) -> None:
+        """Tell whoever waits what became of it."""
+        if self.kept.done():  # who waited has gone
+            return
+        if error is None:
+            self.kept.set_result(None)
+        else:
+            self.kept.set_exception(error)
 
 
 def passes(error: BaseException) -> bool:

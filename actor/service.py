@@ -1,48 +1,40 @@
 """What the routes do: prepare, draw, publish; and feedback from receipt to log.
 
-One event loop owns all state; only the decode runs in a thread, on what was prepared here, and the spool's disk in
-another. What runs beside the requests is watched: when it ends, or Kafka will not take a record however often it is
-sent, the service has a `fault`, is not ready, and whoever opened it should end the process.
+One event loop owns all state; only the decode runs in a thread, on what was prepared here, and the disk's work in
+others. Where what runs beside the requests ends (actor/ties.py), the service has a `fault`, is not ready, and whoever
+opened it should end the process.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
 import numpy as np
 import torch
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
 from prometheus_client import Counter
 
 from actor.batching import Batcher
 from actor.explore import Exploration
-from actor.first_seconds import FirstSeconds, Harm
-from actor.outgoing import Outgoing
 from actor.policy import Arms, ServedPolicy
-from actor.presence import Presence
-from actor.producing import Producing, RefusedError, reason
+from actor.producing import RefusedError
 from actor.recommend import SEEDS, Prepared, decode, expose, fall_back, prepare
 from actor.sampling import Slates
 from actor.search import NotFiniteError
 from actor.settings import ActorSettings
-from actor.subscription import Subscription
+from actor.ties import Ties, TiesError
 from actor.users import Users
 from learner.catalogue import Catalogue
 from learner.settings import PolicySettings
-from storage.kv import StoreError
-from storage.spool import Spool, spool_folder
-from streams.aioclients import leave_producer
 from streams.control import arm_of
-from streams.events import LEVELS, Command, Exposure, Feedback, FeedbackKind, encode
+from streams.events import Exposure, Feedback, FeedbackKind, encode
 from streams.settings import KafkaSettings
 from streams.signing import KeyFileError, trust
-from streams.topics import CONTROL, EXPOSURES, FEEDBACK
+from streams.topics import EXPOSURES, FEEDBACK
 
 log = logging.getLogger("dwell.actor")
 
@@ -53,20 +45,10 @@ FALLBACKS = Counter(
     "dwell_actor_fallbacks_total",
     "Slates served without the policy: no time, or it cannot be drawn from",
 )
-HARMS = Counter(
-    "dwell_actor_harms_total", "Returns asked for in a version's first seconds", ["arm"]
-)
 EVENTS = Counter("dwell_actor_feedback_total", "Feedback events taken", ["kind"])
 
-DRAIN_BATCH_BYTES = 128 << 10  # eight times aiokafka's: one request a broker is under way at a time
 
-
-SAY_S = 3.0
-"""Longest wait for Kafka to hear of a return."""
-
-
-class ServiceError(RuntimeError):
-    """The actor cannot serve; the message says why."""
+ServiceError = TiesError
 
 
 class NotReadyError(RuntimeError):
@@ -104,112 +86,54 @@ class Service:
     ) -> None:
         self.name = name
         self.settings = settings
-        self._kafka = kafka
-        self._data_dir = data_dir
         self._arms = Arms()
         self._catalogue = Catalogue(policy.codes)
-        self._presence = Presence(name, kafka, self._catalogue, settings.max_catalogue_age_s)
         self._users = Users(settings)
         self._explore = Exploration.of(settings)
         self._rng = np.random.default_rng()
         try:
-            self._trust = trust(settings.trusted_key)
+            trusted = trust(settings.trusted_key)
         except KeyFileError as error:
             raise ServiceError(f"actor.trusted_key: {error}") from None
+        held = self._arms, self._catalogue, self._users
+        self._ties = Ties(name, kafka, settings, data_dir, *held, trusted)
         self._batcher = Batcher(self._decode, settings.max_batch)
-        self._watches: dict[str, FirstSeconds] = {}
-        self._saying: set[asyncio.Task[None]] = set()
-        self.fault = ""
-        """Why this service cannot go on; empty while it can."""
-        self.failed = asyncio.Event()
         torch.set_num_threads(policy.threads)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator["Service"]:
-        """Connect, catch up, and follow the logs while open; raises `ServiceError` when Kafka does not let it."""
-        async with AsyncExitStack() as stack:
-            spool = self._spool()
-            stack.callback(spool.close)
-            producing = Producing(self._producer, self._kafka.partitions)
-            self._outgoing = Outgoing(producing, spool, self.settings.kafka_patience_s)
-            try:
-                await self._outgoing.open()
-                stack.push_async_callback(self._outgoing.close)
-                self._words = AIOKafkaProducer(bootstrap_servers=self._kafka.bootstrap)
-                stack.push_async_callback(leave_producer, self._words)
-                await self._words.start()
-                subscription = Subscription(
-                    self.name,
-                    self._kafka,
-                    self._arms,
-                    self._catalogue,
-                    self._users,
-                    self._trust,
-                )
-                stack.push_async_callback(subscription.stop)
-                stack.push_async_callback(self._presence.leave)
-                await self._presence.start(subscription.catalogue_complete_ms, self._fail)
-                await subscription.start(self._words)
-            except KafkaError as error:
-                raise ServiceError(f"Kafka at {self._kafka.bootstrap}: {reason(error)}") from None
-            tasks = [
-                asyncio.create_task(self._watched("reading Kafka", subscription.run)),
-                asyncio.create_task(self._watched("decoding", self._batcher.run)),
-                asyncio.create_task(self._watched("writing the spool", self._outgoing.keep)),
-                asyncio.create_task(self._watched("draining the spool", self._outgoing.drain)),
-            ]
+        """Connect, catch up, and follow the logs while open; from a copy on the disk where Kafka is away.
+
+        Raises `ServiceError` where neither can be.
+        """
+        async with self._ties.open():
+            decoding = asyncio.create_task(self._ties.watched("decoding", self._batcher.run))
             try:
                 yield self
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                decoding.cancel()
+                await asyncio.gather(decoding, return_exceptions=True)
 
-    def _spool(self) -> Spool:
-        folder = spool_folder(self._data_dir, self.settings.member)
-        try:
-            return Spool(folder, self.settings.spool_mb << 20, self.settings.spool_fsync)
-        except StoreError as error:
-            raise ServiceError(
-                f"{error}; actors that share a data directory need names of their own (actor.member)"
-            ) from None
+    @property
+    def fault(self) -> str:
+        """Why this service cannot go on; empty while it can."""
+        return self._ties.fault
 
-    def _producer(self) -> AIOKafkaProducer:
-        return AIOKafkaProducer(
-            bootstrap_servers=self._kafka.bootstrap,
-            acks="all",
-            enable_idempotence=True,
-            linger_ms=2,
-            max_batch_size=DRAIN_BATCH_BYTES,
-        )
-
-    async def _watched(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Work that must not end while the service is open."""
-        try:
-            await work()
-        except Exception as error:
-            if not isinstance(error, KafkaError | RefusedError | StoreError):
-                log.exception("%s ended", what)
-            self._fail(f"{what} ended: {reason(error)}")
-        else:
-            self._fail(f"{what} ended")
-
-    def _fail(self, fault: str) -> None:
-        if not self.fault:
-            log.critical("%s", fault)
-            self.fault = fault
-            self.failed.set()
+    @property
+    def failed(self) -> asyncio.Event:
+        """Set when there is a fault."""
+        return self._ties.failed
 
     @property
     def spooled(self) -> int:
         """Events that wait on the disk for Kafka."""
-        return self._outgoing.waiting
+        return self._ties.outgoing.waiting
 
     def missing(self) -> list[str]:
         """What keeps this actor from being ready."""
         missing = [self.fault] if self.fault else []
         missing += [] if self._catalogue.items else ["catalogue"]
-        missing += [stale] if (stale := self._presence.stale()) else []
+        missing += [stale] if (stale := self._ties.presence.stale()) else []
         return missing if self._arms.ready else [*missing, "weights"]
 
     def versions(self) -> dict[str, Any]:
@@ -226,9 +150,9 @@ class Service:
 
         Raises `NotReadyError`, `BusyError`, or as `Outgoing.send` does, and nothing was shown.
         """
-        if stale := self._presence.stale():
+        if stale := self._ties.presence.stale():
             raise NotReadyError(stale)
-        with self._presence.request():
+        with self._ties.presence.request():
             return await self._recommend(user, count)
 
     async def _recommend(self, user: str, count: int) -> Exposure:
@@ -259,44 +183,8 @@ class Service:
             raise NotReadyError(f"no item of the catalogue is left for user {user!r}")
         await self._send(EXPOSURES, [(user, encode(exposure))])
         self._users.exposed(user, [item.item for item in exposure.items], exposure.request)
-        first = exposure.items[0]
-        if first.source == "policy" and first.logp_levels is not None:
-            seen = -sum(first.logp_levels) / LEVELS, time.monotonic()
-            self._heed(arm, lambda watch: watch.served(exposure.policy_version, first.item, *seen))
+        self._ties.returning.served(exposure)
         return exposure
-
-    def _heed(self, arm: str, seen: Callable[[FirstSeconds], Harm | None]) -> None:
-        """What an arm's watch makes of this; a return is asked for on `control` while requests go on."""
-        watch = self._watches.setdefault(arm, FirstSeconds())
-        if arm in self._arms.control.pinned:
-            watch.rest()
-            return
-        harm = seen(watch)
-        if harm is None:
-            return
-        HARMS.labels(arm).inc()
-        log.error("%s returns to version %d: %s", arm, harm.version, harm.why)
-        task = asyncio.create_task(self._say(arm, harm))
-        self._saying.add(task)
-        task.add_done_callback(self._saying.discard)
-
-    async def _say(self, arm: str, harm: Harm) -> None:
-        command = Command(
-            id=uuid4().hex,
-            time_ms=int(time.time() * 1000),
-            who=self.name,
-            why=harm.why,
-            action="rollback",
-            arm=arm,
-            version=harm.version,
-            upto=harm.upto,
-        )
-        try:
-            async with asyncio.timeout(SAY_S):
-                await self._words.send_and_wait(CONTROL, encode(command), partition=0)
-        except (KafkaError, TimeoutError) as error:
-            log.warning("the return of %s could not be said: %s", arm, reason(error))
-            self._watches[arm].again()
 
     async def _slate(self, policy: ServedPolicy, prepared: Prepared) -> Exposure:
         """The policy's slate, or a fallback where that takes too long."""
@@ -311,8 +199,7 @@ class Service:
         except NotFiniteError as error:
             FALLBACKS.inc()
             log.warning("version %d: %s", policy.version, error)
-            seen = policy.version, str(error), time.monotonic()
-            self._heed(prepared.arm, lambda watch: watch.broken(*seen))
+            self._ties.returning.broken(prepared.arm, policy.version, str(error))
             now_ms = int(time.time() * 1000)
             return fall_back(policy, prepared, self._catalogue, temperature, self._rng, now_ms)
         return expose(
@@ -353,9 +240,9 @@ class Service:
     async def _send(self, topic: str, records: list[tuple[str, bytes]]) -> None:
         """Make records durable."""
         try:
-            await self._outgoing.send(topic, records)
+            await self._ties.outgoing.send(topic, records)
         except RefusedError as error:
-            self._fail(str(error))
+            self._ties.fail(str(error))
             raise
 
     def _decode(self, policy: ServedPolicy, batch: list[Prepared]) -> Slates:

@@ -53,10 +53,12 @@ class ActorSettings:
     """Bound of the spool, MiB; when it is full, requests are refused (503)."""
     spool_fsync: bool = False
     """Force the spool to the disk before answering: it then survives the machine, not the process alone."""
+    copy_every_s: Positive = 10.0
+    """The weights that are served are copied to the disk at most this often, for a start while Kafka is away."""
     member: Annotated[
         str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$", description="letters, digits, . _ -")
     ] = "actor"
-    """Name of this actor among those that share the data directory: the spool is its own."""
+    """Name of this actor among those that share the data directory: spool and copy are its own."""
 
     @property
     def beam_width(self) -> int:

@@ -15,22 +15,25 @@ import asyncio
 import logging
 import time
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord, RecordMetadata
 from prometheus_client import Counter, Gauge, Histogram
 
-from actor.fetch import ANCHORS_PLACE, CHAIN_PLACE, fetch
+from actor.copying import Copying
+from actor.fetch import ANCHORS_PLACE, CHAIN_PLACE, reader
+from actor.following import WEIGHT_PLACES, Following
 from actor.policy import Arms, ServedPolicy, materialise
 from actor.users import Users
+from actor.words import Words
 from learner.catalogue import Catalogue, CatalogueError
 from streams.aioclients import leave
-from streams.chain import Chain, Version, in_order
+from streams.chain import Version
 from streams.events import UnreadableError, command_decoder, decode, encode
 from streams.settings import KafkaSettings
 from streams.signing import Trust
 from streams.topics import CATALOGUE, CONTROL, HISTORIES, WEIGHTS_ACKS
-from streams.weights import Ack, Assembler, Manifest, WeightError, weights_decoder
+from streams.weights import Ack, Manifest, Seal, WeightError
 
 log = logging.getLogger("dwell.actor")
 
@@ -44,7 +47,10 @@ CATALOGUE_PLACE = TopicPartition(CATALOGUE, 0)
 
 ACK_PATIENCE_S = 1.0
 RETRY_S = 0.5
-FALLBACKS = 3  # older versions that an actor tries when it starts on a damaged one
+
+
+class OtherLogError(RuntimeError):
+    """What was copied is not of this log; the message says why."""
 
 
 class Subscription:
@@ -57,6 +63,8 @@ class Subscription:
         arms: Arms,
         catalogue: Catalogue,
         users: Users,
+        words: Words,
+        copying: Copying,
         trust: Trust | None = None,
     ) -> None:
         self._name = name
@@ -64,39 +72,52 @@ class Subscription:
         self._arms = arms
         self._catalogue = catalogue
         self._users = users
-        self._consumer = self._reader()
-        self._trust = trust
-        self._assemblers = {place: Assembler(trust) for place in (ANCHORS_PLACE, CHAIN_PLACE)}
-        self._begun: dict[TopicPartition, Manifest] = {}
-        self._arrived: list[tuple[Manifest, bytes]] = []
-        self._refused: list[tuple[Manifest, str]] = []
-        self._chain = Chain()
+        self._words = words
+        self._copying = copying
+        self._consumer = reader(kafka.bootstrap)
+        self._following = Following(kafka.bootstrap, trust)
         self._tried = 0
         """The head of the chain that was made a policy last, or could not be."""
-        self._offsets: dict[int, int] = {}
-        """Where each anchor's manifest stands in the log."""
-        self._unusable: set[int] = set()
 
-    async def start(self, acks: AIOKafkaProducer) -> None:
-        """Read all logs to their present ends and take the versions to be served; raises `KafkaError`."""
-        self._acks = acks
+    def resume(self, newest: tuple[Version, Seal] | None) -> None:
+        """Before `start`: what was copied is here already, up to the copy's positions."""
+        if newest is not None:
+            self._following.begin(*newest)
+            self._tried = newest[0].number
+
+    async def start(self) -> None:
+        """Read all logs to their present ends and take the versions to be served.
+
+        Raises `KafkaError`, and may then be tried again: it goes on where it was. Or `OtherLogError`.
+        """
+        await self.stop()
+        self._consumer = reader(self._kafka.bootstrap)
+        self._following.again()
         await self._consumer.start()
         histories = [TopicPartition(HISTORIES, p) for p in range(self._kafka.partitions)]
         others = [CATALOGUE_PLACE, *histories, ANCHORS_PLACE]
         every = [CONTROL_PLACE, *others, CHAIN_PLACE]
         self._consumer.assign(every)
+        ends = await self._consumer.end_offsets(every)
         for place, first in (await self._consumer.beginning_offsets(every)).items():
-            self._consumer.seek(place, first)
+            known = self._copying.positions.get(place, first)
+            if not first <= known <= ends[place]:
+                raise OtherLogError(
+                    f"{place.topic} of partition {place.partition} has offsets {first} to {ends[place]}, and this "
+                    f"actor has read it up to {known}: it is another log now, start it again to read it whole"
+                )
+            self._consumer.seek(place, known)
         # control first: it names the versions to be served; the chain last, from the newest anchor on
         self._consumer.pause(*others, CHAIN_PLACE)
         await self._read_to_end([CONTROL_PLACE])
         self._consumer.resume(*others)
         await self._read_to_end(others)
-        self._arrived = sorted(self._arrived, key=lambda whole: whole[0].version)[-1:]
+        self._following.pass_over()
         await self._settle()
         self._consumer.resume(CHAIN_PLACE)
         await self._read_to_end([CHAIN_PLACE])
         await self._settle()
+        self._copying.complete()
 
     async def catalogue_complete_ms(self) -> int | None:
         """When Kafka last said that there is nothing of the catalogue left to apply; None before it has."""
@@ -131,16 +152,6 @@ class Subscription:
             while await self._consumer.position(place) < end:
                 await self._poll(200)
 
-    def _reader(self) -> AIOKafkaConsumer:
-        return AIOKafkaConsumer(
-            bootstrap_servers=self._kafka.bootstrap,
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            isolation_level="read_committed",
-            fetch_max_wait_ms=50,
-            max_partition_fetch_bytes=16 << 20,
-        )
-
     async def _poll(self, timeout_ms: int) -> bool:
         """Take what has come; whether arms may have to change."""
         settle = False
@@ -152,116 +163,63 @@ class Subscription:
     def _take(self, place: TopicPartition, record: ConsumerRecord) -> bool:
         """One record; what cannot be used costs nothing else."""
         try:
-            if place in self._assemblers:
-                return self._take_weights(place, record)
+            if place in WEIGHT_PLACES:
+                return self._following.take(place, record)
+            self._copying.positions[place] = record.offset + 1
             if place == CONTROL_PLACE:
-                self._unusable.clear()  # whoever names a version again wants it tried again
+                self._following.unusable.clear()  # whoever names a version again wants it tried again
                 if not self._arms.control.apply(decode(command_decoder, record.value)):
                     log.warning("control offset %d: the command makes no sense", record.offset)
+                self._copying.command(record)
                 return True
             if place == CATALOGUE_PLACE:
-                first = not self._catalogue.codebook
-                self._catalogue.take(record.offset, record.key, record.value)
-                CATALOGUE_ITEMS.set(len(self._catalogue.items))
-                return first
+                return self._take_item(record)
             self._users.take_history((record.key or b"").decode(), record.value)
+            self._copying.history(record)
         except (UnreadableError, CatalogueError, UnicodeDecodeError) as error:
             log.warning("%s offset %d: %s", record.topic, record.offset, error)
         return False
 
-    def _take_weights(self, place: TopicPartition, record: ConsumerRecord) -> bool:
-        number, _, part = (record.key or b"").decode(errors="replace").partition("/")
-        if part == "manifest" and number.isdigit():
-            begun = None if record.value is None else _manifest(record.value)
-            if begun is None:
-                self._begun.pop(place, None)
-            else:
-                self._begun[place] = begun
-                self._unusable.discard(int(number))
-            if place == ANCHORS_PLACE:
-                self._offsets.pop(int(number), None)
-                if record.value is not None:
-                    self._offsets[int(number)] = record.offset
-        try:
-            whole = self._assemblers[place].take(record.value)
-        except WeightError as error:
-            log.error("%s offset %d: %s", record.topic, record.offset, error)
-            if place in self._begun:
-                self._refused.append((self._begun.pop(place), str(error)))
-            return True
-        if whole is None:
-            return False
-        self._begun.pop(place, None)
-        self._arrived.append(whole)
-        return True
+    def _take_item(self, record: ConsumerRecord) -> bool:
+        """A record of the catalogue; whether it is the first that has a codebook."""
+        first, item = not self._catalogue.codebook, (record.key or b"").decode(errors="replace")
+        before = self._catalogue.items.get(item)
+        self._catalogue.take(record.offset, record.key, record.value)
+        after = self._catalogue.items.get(item)
+        moved = before is None or after is None or before.sid != after.sid
+        self._copying.item(record, moved)
+        CATALOGUE_ITEMS.set(len(self._catalogue.items))
+        return first
 
     async def _settle(self) -> None:
         """Bring every arm to what `control` says, as far as versions can be had; raises `KafkaError`."""
-        for manifest, reason in self._refused:
+        for manifest, reason in await self._following.advance(self._consumer):
             await self._acknowledge(manifest, reason)
-        self._refused.clear()
-        await self._advance()
         if not self._catalogue.codebook:
             return
         await self._take_newest()
         await self._swap({})
         fetched = {}
-        for version in self._arms.missing() - self._unusable:
+        for version in self._arms.missing() - self._following.unusable:
             policy = await self._fetch(version)
             if policy is None:
-                self._unusable.add(version)
+                self._following.unusable.add(version)
             else:
                 fetched[version] = policy
         if fetched:
             await self._swap(fetched)
 
-    async def _advance(self) -> None:
-        """Follow the chain over what has arrived."""
-        arrived, self._arrived = in_order(self._arrived), []
-        for manifest, content in arrived:
-            try:
-                await asyncio.to_thread(self._chain.take, manifest, content)
-            except WeightError as error:
-                log.error("refused: %s", error)
-                await self._acknowledge(manifest, str(error))
-        if arrived and self._chain.head is None:
-            self._chain.head = older = await self._older(arrived[-1][0].version)
-            self._chain.rewind = older.manifest.chain if older else None
-        await self._rewind()
-
-    async def _rewind(self) -> None:
-        """After an anchor, read its deltas, some of them again."""
-        if self._chain.rewind is None:
-            return
-        first = (await self._consumer.beginning_offsets([CHAIN_PLACE]))[CHAIN_PLACE]
-        wanted = max(first, self._chain.rewind)
-        if wanted < await self._consumer.position(CHAIN_PLACE) or CHAIN_PLACE in (
-            self._consumer.paused()
-        ):
-            self._consumer.seek(CHAIN_PLACE, wanted)
-            self._assemblers[CHAIN_PLACE] = Assembler(self._trust)
-        self._chain.rewind = None
-
     async def _take_newest(self) -> None:
         """Let the head of the chain be the newest policy."""
-        head, newest = self._chain.head, self._arms.newest
+        head, newest = self._following.head, self._arms.newest
         if head is None or head.number <= self._tried:
             return
         self._tried = head.number
         policy = await self._materialise(head)
         if policy is None and newest is None:
-            older = await self._older(head.number)
+            older = await self._following.older(head.number)
             policy = None if older is None else await self._materialise(older)
         self._arms.newest = policy or newest
-
-    async def _older(self, refused: int) -> Version | None:
-        """The newest version in full before one that was refused."""
-        older = sorted((version for version in self._offsets if version < refused), reverse=True)
-        for version in older[:FALLBACKS]:
-            found = await self._read(version)
-            if found is not None:
-                return found
-        return None
 
     async def _swap(self, fetched: dict[int, ServedPolicy]) -> None:
         for policy in self._arms.settle(fetched):
@@ -275,7 +233,11 @@ class Subscription:
         """Build a version in a thread: requests go on meanwhile."""
         codebook, codes = self._catalogue.codebook, self._catalogue.valid.codes
         try:
-            return await asyncio.to_thread(materialise, version, codebook, codes, self._arms.newest)
+            policy = await asyncio.to_thread(
+                materialise, version, codebook, codes, self._arms.newest
+            )
+            self._copying.built(version, self._following.seal(version.number))
+            return policy
         except WeightError as error:
             log.error("refused: %s", error)
             await self._acknowledge(version.manifest, str(error))
@@ -283,24 +245,8 @@ class Subscription:
 
     async def _fetch(self, version: int) -> ServedPolicy | None:
         """One older version, ready to be served; None where it is not there or cannot be used."""
-        found = await self._read(version)
+        found = await self._following.read(version)
         return None if found is None else await self._materialise(found)
-
-    async def _read(self, version: int) -> Version | None:
-        """Read one older version from the log; None where that does not lead to it."""
-        anchor = max((one for one in self._offsets if one <= version), default=None)
-        if anchor is None:
-            log.error("version %d is not in the log", version)
-            return None
-        consumer = self._reader()
-        try:
-            await consumer.start()
-            return await fetch(consumer, self._offsets[anchor], version, self._trust)
-        except WeightError as error:
-            log.error("%s", error)
-            return None
-        finally:
-            await leave(consumer.stop())
 
     async def _acknowledge(self, manifest: Manifest, refused: str) -> None:
         """Say what became of a version; nothing depends on being heard."""
@@ -318,19 +264,11 @@ class Subscription:
         )
         try:
             async with asyncio.timeout(ACK_PATIENCE_S):
-                sent = await self._acks.send(WEIGHTS_ACKS, encode(ack), partition=0)
+                sent = await self._words.send(WEIGHTS_ACKS, encode(ack))
         except (KafkaError, TimeoutError) as error:
             log.warning("version %d is not acknowledged: %r", manifest.version, error)
             return
         sent.add_done_callback(_heard)
-
-
-def _manifest(value: bytes) -> Manifest | None:
-    try:
-        part = decode(weights_decoder, value)
-    except UnreadableError:
-        return None
-    return part if isinstance(part, Manifest) else None
 
 
 def _heard(sent: asyncio.Future[RecordMetadata]) -> None:

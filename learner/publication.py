@@ -3,9 +3,9 @@
 Notable choices
 - A version's records on both topics, the tombstones of expired ones, and the dead letters of what its steps could
   not use are one transaction (learner/fenced.py).
-- Every version is published as a delta of the one before; every `anchor_every_s` one is published in full too, and
-  so is one without a version before it, one when the deltas since the last have taken a quarter of what their topic keeps
-  (what leads from an anchor to the newest version must be there), and every one that an arm names, while it is named.
+- Every version is published as a delta of the one before. In full too: one every `anchor_every_s`, one without a
+  version before it, one when the deltas since the last have taken a quarter of what their topic keeps (what leads
+  from an anchor to the newest version must be there), and every one that an arm names, while it is named.
 - A trial at the start writes what a version would: a wrong set-up (rights, message sizes, a missing topic) fails
   before anything has been learned.
 """

@@ -10,12 +10,12 @@ from kafka import TopicPartition
 
 from actor.policy import ServedPolicy, materialise
 from ops.monitor import Monitor, Observed
-from streams.chain import Chain, in_order
+from streams.chain import Chain, Whole
 from streams.clients import consumer, producer
 from streams.events import Sample, decode, encode, sample_decoder
 from streams.settings import KafkaSettings
 from streams.topics import SAMPLES, WEIGHTS, WEIGHTS_ACKS, WEIGHTS_ANCHORS
-from streams.weights import Ack, Assembler, Manifest
+from streams.weights import Ack, Assembler
 
 READER = "replay"
 
@@ -34,7 +34,7 @@ class Applied:
         self._judged = 0
         self._own_weight = 0.0
         self._chain = Chain()
-        self._arrived: list[tuple[Manifest, bytes]] = []
+        self._arrived: list[Whole] = []
         self._assemblers = {topic: Assembler() for topic in (WEIGHTS, WEIGHTS_ANCHORS)}
         self._monitor = Monitor()
         self._consumer = consumer(kafka.bootstrap, max_poll_records=5000)
@@ -76,13 +76,13 @@ class Applied:
 
         `codebook` is the catalogue's, `codes` are those of a level, as configured.
         """
-        arrived, self._arrived = in_order(self._arrived), []
-        for whole in arrived:
-            self._chain.take(*whole)
-        if self._chain.rewind is not None:
-            self._consumer.seek(TopicPartition(WEIGHTS, 0), self._chain.rewind)
+        arrived, self._arrived = self._arrived, []
+        refused, again = self._chain.follow(arrived)
+        if again is not None:
+            self._consumer.seek(TopicPartition(WEIGHTS, 0), again)
             self._assemblers[WEIGHTS] = Assembler()
-            self._chain.rewind = None
+        for _, error in refused:
+            raise error
         head = self._chain.head
         if head is None or (self.policy is not None and head.number <= self.policy.version):
             return False

@@ -8,7 +8,7 @@ learner's affair.
 import os
 import re
 import shutil
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 _NAME = re.compile(r"v(\d{8,})\.(safetensors|sharded)")
@@ -79,10 +79,16 @@ class Checkpoints:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write aside, flush to disk, rename, flush the folder: readers see the old file or the new one."""
+    write_pieces_atomically(path, [content])
+
+
+def write_pieces_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """The same of a content that is not in one piece."""
     aside = _aside(path)
     try:
         with aside.open("wb") as file:
-            file.write(content)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

@@ -69,7 +69,10 @@ class RocksKv:
 
     def get(self, key: bytes) -> bytes | None:
         """The value, or None."""
-        value: bytes | None = self._db.get(key)
+        try:
+            value: bytes | None = self._db.get(key)
+        except Exception as error:
+            raise StoreError(f"the store {self._path} cannot be read: {error}") from None
         return value
 
     def write(self, batch: Mapping[bytes, bytes | None], sync: bool = False) -> None:
@@ -89,11 +92,25 @@ class RocksKv:
 
     def scan(self, prefix: bytes, first: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """All pairs whose key starts with `prefix`, from `first` on, in key order."""
-        for key, value in self._db.items(from_key=max(prefix, first)):
+        pairs = iter(self._db.items(from_key=max(prefix, first)))
+        while True:
+            try:
+                key, value = next(pairs)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise StoreError(f"the store {self._path} cannot be read: {error}") from None
             assert isinstance(key, bytes)  # raw mode
             if not key.startswith(prefix):
                 return
             yield key, value
+
+    def erase(self, first: bytes, upto: bytes) -> None:
+        """Delete all keys from `first` on and below `upto`."""
+        try:
+            self._db.delete_range(first, upto)
+        except Exception as error:
+            raise StoreError(f"the store {self._path} cannot be written: {error}") from None
 
     def compact(self) -> None:
         """Give back the space of what was deleted."""

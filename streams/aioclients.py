@@ -5,6 +5,7 @@ from collections.abc import Coroutine, Iterable, Iterator
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 STOP_PATIENCE_S = 3.0
@@ -42,6 +43,16 @@ async def leave_producer(producer: AIOKafkaProducer, patience_s: float = STOP_PA
     """Stop a producer; what a broker that is away has not acknowledged was not promised to anybody."""
     if not await leave(producer.stop(), patience_s):
         await leave(producer.client.close(), patience_s)
+
+
+async def cluster_id(bootstrap: str) -> str:
+    """The id of the cluster that answers there; raises `KafkaError` or `OSError`."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    try:
+        await begin(admin.start())
+        return str((await admin.describe_cluster())["cluster_id"])
+    finally:
+        await leave(admin.close())
 
 
 Sent = list[tuple[asyncio.Future[Any], int]]

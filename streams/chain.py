@@ -5,11 +5,16 @@ two topics need not come in step. What cannot be taken changes nothing, and says
 base here, until the next anchor (contract of the policy, "Versions").
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from streams.blocks import BlockState, State, blocked_state, root, whole_state
 from streams.delta import DeltaError, applied
-from streams.weights import Manifest, TensorSchema, WeightError, check, unpacked
+from streams.weights import Manifest, WeightError, check, schema_of, unpacked
+
+Whole = tuple[Manifest, bytes]
+"""A version as it came: its manifest and its content's bytes."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Version:
 
 def anchored(manifest: Manifest, content: bytes) -> Version:
     """A full version; raises `WeightError` when it is damaged or not what its manifest says."""
-    return _checked(manifest, blocked_state(unpacked(manifest, content)))
+    return checked(manifest, blocked_state(unpacked(manifest, content)))
 
 
 def followed(base: Version, manifest: Manifest, content: bytes) -> Version:
@@ -46,7 +51,21 @@ def followed(base: Version, manifest: Manifest, content: bytes) -> Version:
         blocks = applied(base.blocks, unpacked(manifest, content))
     except DeltaError as error:
         raise WeightError(f"version {manifest.version}: {error}") from None
-    return _checked(manifest, blocks)
+    return checked(manifest, blocks)
+
+
+def checked(manifest: Manifest, blocks: BlockState) -> Version:
+    """A full state as a version; raises `WeightError` when it is not what the manifest says."""
+    check(manifest, schema_of(blocks), root(blocks))
+    return Version(manifest, blocks)
+
+
+class Followed(NamedTuple):
+    """What came of a number of versions."""
+
+    refused: list[tuple[Manifest, WeightError]]
+    again: int | None
+    """Offset of `weights` from which deltas must be read, some maybe again; None: nothing to read again."""
 
 
 class Chain:
@@ -55,8 +74,23 @@ class Chain:
     def __init__(self) -> None:
         self.head: Version | None = None
         self.rewind: int | None = None
-        """Set when an anchor was taken: offset of `weights` from which its deltas must be read, maybe again. Whoever
-        reads clears it."""
+        """Set when an anchor was taken: offset of `weights` from which its deltas must be read, maybe again, until
+        `follow` has said so."""
+
+    def begin(self, version: Version) -> None:
+        """Go on from a version that was had elsewhere."""
+        self.head, self.rewind = version, version.manifest.chain
+
+    def follow(self, arrived: Iterable[Whole]) -> Followed:
+        """Take what has come from both topics; each that is refused leaves the head where it is."""
+        refused = []
+        for manifest, content in in_order(arrived):
+            try:
+                self.take(manifest, content)
+            except WeightError as error:
+                refused.append((manifest, error))
+        again, self.rewind = self.rewind, None
+        return Followed(refused, again)
 
     def take(self, manifest: Manifest, content: bytes) -> bool:
         """Take a version; whether it is the new head. Raises `WeightError`, and the head stays."""
@@ -86,15 +120,6 @@ def _same_lineage(before: Version, manifest: Manifest) -> None:
         )
 
 
-def in_order(arrived: list[tuple[Manifest, bytes]]) -> list[tuple[Manifest, bytes]]:
+def in_order(arrived: Iterable[Whole]) -> list[Whole]:
     """What came from both topics by its number, a delta before the anchor of the same version: cheaper to take."""
     return sorted(arrived, key=lambda whole: (whole[0].version, not whole[0].base))
-
-
-def _checked(manifest: Manifest, blocks: BlockState) -> Version:
-    schema = [
-        TensorSchema(name=name, dtype=str(blocks[name].dtype), shape=list(blocks[name].shape))
-        for name in sorted(blocks)
-    ]
-    check(manifest, schema, root(blocks))
-    return Version(manifest, blocks)

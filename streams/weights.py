@@ -8,7 +8,7 @@ Every version stands on `weights` as a delta (streams/delta.py): together they a
 Some stand on `weights.anchors` too, in full: where a reader begins, or begins again (streams/chain.py).
 """
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from streams.blocks import State
+from streams.blocks import BlockState, State
 from streams.events import VERSION, UnreadableError, decode, encode
 from streams.signing import Signer, Trust
 
@@ -121,7 +121,7 @@ weights_decoder: Final[msgspec.msgpack.Decoder[WeightRecord]] = msgspec.msgpack.
 ack_decoder: Final = msgspec.msgpack.Decoder(Ack)
 
 
-def schema_of(state: State) -> list[TensorSchema]:
+def schema_of(state: State | BlockState) -> list[TensorSchema]:
     """The state's tensors by name."""
     return [
         TensorSchema(name=name, dtype=str(state[name].dtype), shape=list(state[name].shape))
@@ -173,6 +173,14 @@ def _records(
     return records
 
 
+class Seal(NamedTuple):
+    """What a learner signed: to be kept with a version that is kept elsewhere than in the log."""
+
+    manifest: bytes
+    """As it was written."""
+    signature: bytes
+
+
 class WeightError(ValueError):
     """A version that cannot be taken; what is being served stays."""
 
@@ -190,6 +198,8 @@ class Assembler:
         self._manifest: Manifest | None = None
         self._sealed = b""
         self._pieces: list[bytes] = []
+        self.seal = Seal(b"", b"")
+        """Of the version that was returned last."""
 
     def take(self, value: bytes | None) -> tuple[Manifest, bytes] | None:
         """Take one record's value (a tombstone is None).
@@ -218,7 +228,7 @@ class Assembler:
         if isinstance(record, Chunk):
             self._pieces.append(record.data)
             return None
-        self._manifest = None
+        self._manifest, self.seal = None, Seal(self._sealed, record.signature)
         return manifest, b"".join(self._pieces)
 
     def _misplaced(self, manifest: Manifest, record: Chunk | Commit) -> str:

@@ -52,12 +52,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def process(world: World, port: int, breaks: bool = False) -> Iterator[subprocess.Popen[str]]:
+def process(
+    world: World, port: int, breaks: bool = False, data_dir: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
     arguments = [world.kafka.bootstrap, port, world.kafka.partitions, CODES, ROWS]
     arguments.append("breaks" if breaks else "")
-    with tempfile.TemporaryDirectory() as data_dir:
+    with tempfile.TemporaryDirectory() as own:
         running = subprocess.Popen(
-            [sys.executable, "-c", PROCESS, *map(str, arguments), data_dir],
+            [sys.executable, "-c", PROCESS, *map(str, arguments), str(data_dir or own)],
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from streams.blocks import State, blocked_state, digest_of
-from streams.chain import Chain, in_order
+from streams.chain import Chain, anchored, in_order
 from streams.delta import changes
 from streams.events import encode
 from streams.signing import KeyFileError, Signer, Trust, make_pair
@@ -184,6 +184,27 @@ def test_deltas_come_before_the_anchor_of_the_same_version() -> None:
         (5, 0),
         (6, 5),
     ]
+
+
+def test_what_arrived_in_any_order_is_followed_and_tells_from_where_to_read_again() -> None:
+    chain = Chain()
+    refused, again = chain.follow([delta(6), anchor(3), delta(4), delta(8), delta(5)])
+    assert [(manifest.version, str(error)) for manifest, error in refused] == [
+        (8, "version 8: a delta of version 7, and version 6 is here")
+    ]
+    assert again == 30
+    assert holds(chain, 6)
+    assert chain.follow([delta(7)]) == ([], None), "said once"
+    assert holds(chain, 7)
+
+
+def test_a_chain_goes_on_from_a_version_that_was_had_elsewhere() -> None:
+    chain = Chain()
+    chain.begin(anchored(*anchor(5)))
+    refused, again = chain.follow([anchor(4), delta(5)])
+    assert (refused, again) == ([], 50)
+    assert chain.take(*delta(6))
+    assert holds(chain, 6)
 
 
 def test_a_trial_is_nothing_to_a_reader() -> None:
