@@ -8,12 +8,15 @@ Notable choices
   serves, and says so on `weights.acks`, in a metric and in the log; so with each that builds on it, until the next
   anchor. An actor that starts falls back to an older one.
 - An actor obeys `control` without the learner: a pin to a version not at hand reads it from the log.
+- Records are applied a few at a time, with requests between: thousands of changes of the catalogue that come together
+  would stand in their way for a tenth of a second.
 - A broker that is away for a while is waited for; what cannot pass by itself ends the reader, and with it the actor.
 """
 
 import asyncio
 import logging
 import time
+from typing import Final
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
@@ -47,6 +50,8 @@ CATALOGUE_PLACE = TopicPartition(CATALOGUE, 0)
 
 ACK_PATIENCE_S = 1.0
 RETRY_S = 0.5
+SLICE: Final = 16
+"""Records applied before requests have their turn."""
 
 
 class OtherLogError(RuntimeError):
@@ -76,6 +81,8 @@ class Subscription:
         self._copying = copying
         self._consumer = reader(kafka.bootstrap)
         self._following = Following(kafka.bootstrap, trust)
+        self._taking = False
+        """Whether records have been read that are not applied yet."""
         self._tried = 0
         """The head of the chain that was made a policy last, or could not be."""
 
@@ -125,7 +132,11 @@ class Subscription:
             return None
         end = self._consumer.last_stable_offset(CATALOGUE_PLACE)
         asked_ms: int | None = self._consumer.last_poll_timestamp(CATALOGUE_PLACE)
-        complete = end is not None and await self._consumer.position(CATALOGUE_PLACE) >= end
+        complete = (
+            not self._taking
+            and end is not None
+            and await self._consumer.position(CATALOGUE_PLACE) >= end
+        )
         return asked_ms if complete else None
 
     async def run(self) -> None:
@@ -155,9 +166,16 @@ class Subscription:
     async def _poll(self, timeout_ms: int) -> bool:
         """Take what has come; whether arms may have to change."""
         settle = False
-        for place, records in (await self._consumer.getmany(timeout_ms=timeout_ms)).items():
-            for record in records:
-                settle |= self._take(place, record)
+        come = await self._consumer.getmany(timeout_ms=timeout_ms)
+        self._taking = True
+        try:
+            for place, records in come.items():
+                for number, record in enumerate(records, 1):
+                    settle |= self._take(place, record)
+                    if not number % SLICE:
+                        await asyncio.sleep(0)
+        finally:
+            self._taking = False
         return settle
 
     def _take(self, place: TopicPartition, record: ConsumerRecord) -> bool:

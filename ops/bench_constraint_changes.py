@@ -2,8 +2,9 @@
 
 Notable choices
 - A change is done when the tree of its version can be asked: an upsert, and the tree.
-- Serving goes on in one thread, as at the actor, while another changes the catalogue; blocks of requests in quiet and
-  in change take turns, each of the same length, and the ratio is that of the 99th percentiles over all blocks.
+- Serving goes on in one thread, as at the actor, while another changes the catalogue, a slice at a time as the actor
+  does. Blocks of requests in quiet and in change take turns, each of the same length, and the ratio is that of the
+  99th percentiles over all blocks.
 """
 
 import statistics
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from actor.subscription import SLICE
 from learner.decoder import LazyDecoder
 from learner.valid_ids import ValidIds
 from learner.valid_tree import Keys, sid_of
@@ -54,6 +56,14 @@ class Index:
         """New items, each a version."""
         for _ in range(count):
             self._upsert(self.valid.version + 1, self._spare.pop())
+        self.tree = self.valid.tree(self.valid.version)
+
+    def insert_in_slices(self, count: int) -> None:
+        """The same as the actor applies them, with others having their turn in between."""
+        for _ in range(count // SLICE):
+            for _ in range(SLICE):
+                self._upsert(self.valid.version + 1, self._spare.pop())
+            time.sleep(0)
         self.tree = self.valid.tree(self.valid.version)
 
     def delete(self, item: int) -> None:
@@ -120,7 +130,7 @@ def _serving(
 def _write(index: Index, kind: str, over: threading.Event) -> None:
     """The changes of one block."""
     if kind == "bulk":
-        index.insert(BULK)
+        index.insert_in_slices(BULK)
     while kind == "single" and not over.wait(1.0 / PER_S):
         index.insert(1)
 
