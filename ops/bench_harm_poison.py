@@ -109,7 +109,7 @@ class Workshop:
         )
 
     def learned_wrongly(self, state: State, samples: Sequence[Sample], seed: int) -> Wrong:
-        """Taught to show what was watched least, as far as the guard lets it; raises `ValueError` where it does not."""
+        """Taught to show what was watched least, as far as the guard lets it; raises `ValueError` if it does not."""
         model = self.model(state)
         trainer = Trainer(model, LearnSettings(supervised=1.0, entropy=0.0), self._learn.lr)
         taught = [_least_watched(sample) for sample in samples if _seen(sample)]

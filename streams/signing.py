@@ -44,15 +44,19 @@ class Signer:
         """The signature of a manifest's bytes."""
         return self._key.sign(sealed)
 
+    def trust(self) -> "Trust":
+        """Trust in what this key signs."""
+        return Trust(self._key.public_key())
+
 
 class Trust:
     """The public key of the one learner whose versions are taken."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises `KeyFileError`."""
-        key = _read(path, "public")
+    def __init__(self, source: Path | Ed25519PublicKey) -> None:
+        """Of a key, or of the file that holds it; raises `KeyFileError`."""
+        key = _read(source, "public") if isinstance(source, Path) else source
         if not isinstance(key, Ed25519PublicKey):
-            raise KeyFileError(f"{path} is no Ed25519 public key")
+            raise KeyFileError(f"{source} is no Ed25519 public key")
         self._key = key
 
     def holds(self, sealed: bytes, signature: bytes) -> bool:
