@@ -5,9 +5,9 @@ Notable choices
   signs; the arms are control, pinned to version 1, and learning.
 - Each harm comes past the learner's guard: the learner is killed, the version is published in its place, and once the
   actor has refused or returned it, the learner is started again and must go on. A replay comes beside a live learner.
-- The last harm has healthy figures, and the guard is asked to say so; only what viewers watch tells. After it the
-  learner is started at once, since it is its test of the rewards that must find it; it adopts the harmful version,
-  goes on learning from there, and so repairs what it can meanwhile.
+- One harm has healthy figures, and the guard is asked to say so; only what viewers watch tells. After it the learner
+  is started at once, since it is its test of the rewards that must find it; it adopts the harmful version, goes on
+  learning from there, and so repairs what it can meanwhile.
 - Times are read off the log afterwards (ops/bench_harm_log.py), which is then audited like any other run's.
 """
 
@@ -49,6 +49,8 @@ REWARD_GOAL_S: Final = 60.0
 PATIENCE_S: Final = 20.0
 TAUGHT: Final = 512
 """Newest samples that a wrong policy is taught on."""
+WORST: Final = 0.1
+"""Part of the catalogue that it is taught."""
 ASKED: Final = 1024
 """Requests at which earnings are estimated."""
 LEAST_DROP: Final = 0.1
@@ -93,7 +95,7 @@ class Bench:
         """A version from the beginning of the run once more, beside a live learner."""
         self._tell("replayed: an old version")
         harm = self.harms["replayed"] = replayed(self._config, 2)
-        self._loop.wait(
+        self._loop.waited(
             "a version behind the replay",
             lambda: self._loop.look(lambda seen: seen.taken_behind(harm)),
             PATIENCE_S,
@@ -105,16 +107,18 @@ class Bench:
         name = "earns_less"
         intruder, base = self._in_its_place(name)
         workshop = self._workshop(base)
-        wrong = workshop.learned_wrongly(base.state, self._newest(TAUGHT), self._seed)
+        worst = self._loop.look(lambda seen: seen.watched_least(WORST))
+        samples = self._newest(TAUGHT)
+        wrong = workshop.learned_wrongly(base.state, samples, worst, self._seed)
         harm, _ = intruder.publish(base, wrong.state)
         self.harms[name] = harm
         self._loop.start_learner()
         self.notes[name] = self._expected(base, workshop, wrong)
         wait_s = self._config.join.window_s + REWARD_GOAL_S
-        self._loop.wait(
+        self._loop.waited(
             "the rewards to tell",
             lambda: self._loop.look(lambda seen: seen.answered(harm)),
-            2 * wait_s,
+            1.5 * wait_s,
         )
         self._loop.wait_until_well(harm.version)
 
@@ -151,7 +155,7 @@ class Bench:
     def _go_on(self, name: str) -> None:
         """Once the harm has been refused or returned, a learner again, and the loop well."""
         harm = self.harms[name]
-        self._loop.wait(
+        self._loop.waited(
             f"{name} to be refused or returned",
             lambda: self._loop.look(
                 lambda seen: outcome(seen, harm)["outcome"] in ("refused", "returned")
@@ -218,13 +222,13 @@ def do_harm(bench: Bench, loop: Loop) -> None:
     """All harms in their order."""
     time.sleep(WARM_S)
     loop.wait_until_well(1)
+    bench.earn_less()  # first: the more the arm has learned, the further it is from earning less than control
     bench.spoil("not_a_number", lambda base, _, __: not_a_number(base.state))
     bench.spoil("exploded", lambda base, _, __: exploded(base.state))
     bench.spoil("one_item", lambda base, shop, samples: shop.collapsed(base.state, samples).state)
     bench.forge_digest()
     bench.forge_signature()
     bench.replay()
-    bench.earn_less()
 
 
 def harms_of(bench: Bench, seen: Seen) -> dict[str, Any]:

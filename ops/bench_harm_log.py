@@ -28,6 +28,7 @@ from streams.events import (
     Command,
     Exposure,
     Sample,
+    SemanticId,
     UnreadableError,
     command_decoder,
     decode,
@@ -40,6 +41,8 @@ from streams.weights import Ack, Commit, ack_decoder, weights_decoder
 
 SAMPLES_KEPT: Final = 2048
 """Of the learning arm, the newest, in full."""
+PLAYS: Final = 3
+"""Of a leaf, from which its mean share watched is told."""
 RESAMPLES: Final = 2000
 _COMPARED: Final = re.compile(r"over (\d+) of each")
 
@@ -86,6 +89,8 @@ class Seen:
     acks: list[Ack] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
     control: ControlState = field(default_factory=ControlState)
+    watched: dict[SemanticId, list[float]] = field(default_factory=dict)
+    """Of each leaf that was played, in either arm: plays, and the sum of the shares that were watched."""
     newest: deque[Sample] = field(default_factory=lambda: deque(maxlen=SAMPLES_KEPT))
 
     def take(self, topic: str, offset: int, value: bytes | None) -> None:
@@ -119,6 +124,20 @@ class Seen:
         )
         if sample.arm == LEARNING_ARM:
             self.newest.append(sample)
+        for item in sample.items:
+            if item.play_ms > 0:
+                sums = self.watched.setdefault(item.sid, [0.0, 0.0])
+                sums[0] += 1.0
+                sums[1] += min(1.0, item.play_ms / max(1, item.duration_ms))
+
+    def watched_least(self, part: float) -> list[SemanticId]:
+        """Of the leaves that were played often enough to tell, this part with the smallest mean share watched."""
+        means = {
+            sid: watched / plays
+            for sid, (plays, watched) in sorted(self.watched.items())
+            if plays >= PLAYS
+        }
+        return sorted(means, key=lambda sid: means[sid])[: round(part * len(means))]
 
     def learning(self, since_ms: int = 0) -> list[Answer]:
         """The learning arm's answers since a time, by time."""

@@ -81,21 +81,19 @@ class Loop:
         with self.reader.lock:
             return at(self.reader.seen)
 
-    def wait(self, what: str, true: Callable[[], object], patience_s: float = READY_S) -> bool:
-        """Wait until it is so, at most so long, while all parts run; whether it came to be.
+    def wait(self, what: str, true: Callable[[], object]) -> None:
+        """Wait until it is so; raises `UserError` when it does not come to be, or a part ends."""
+        if not self.waited(what, true, READY_S):
+            raise UserError(f"{what}: not within {READY_S:.0f} s; see {self.folder / 'run'}.")
 
-        Raises `UserError` when a part ends, or where the patience is that of a start.
-        """
+    def waited(self, what: str, true: Callable[[], object], patience_s: float) -> bool:
+        """Wait until it is so, at most so long; whether it came to be. Raises `UserError` when a part ends."""
         self._tell(f"waiting for {what}")
         give_up = time.monotonic() + patience_s
         while not true():
             self._check()
             if time.monotonic() > give_up:
-                if patience_s < READY_S:
-                    return False
-                raise UserError(
-                    f"{what}: not within {patience_s:.0f} s; see {self.folder / 'run'}."
-                )
+                return False
             time.sleep(0.05)
         return True
 

@@ -1,9 +1,9 @@
 """Ways to spoil a policy, for `dwell bench harm`: from the state that is served to one that must not stay.
 
 Notable choices
-- All but one are seen without any label. That one, `learned_wrongly`, looks like a policy: from the newest samples
-  it imitates what their viewers watched least of each slate, as a learner would whose rewards have the wrong sign, as
-  far as the learner's own guard lets a single version move.
+- All but one are seen without any label. That one, `learned_wrongly`, looks like a policy: besides what it has shown
+  it comes to show what all viewers watch least, as if rewards had the wrong sign, as far as the learner's own guard
+  lets a single version move. (Imitating the worst of each slate alone goes less deep: the slates are good ones.)
 - What a spoilt policy will earn is estimated beforehand in the simulated world: the slates that it draws at the same
   requests, watched by the same viewers at the same visits as those of other versions.
 
@@ -21,7 +21,7 @@ from actor.recommend import Prepared, decode
 from learner.batch import assemble
 from learner.catalogue import Catalogue
 from learner.decoder import LazyDecoder
-from learner.guard import Figures, Guard, Probe, read
+from learner.guard import PROBES, Figures, Guard
 from learner.policy import build, load_state, served, state_of
 from learner.pretrain import imitation
 from learner.settings import LearnSettings
@@ -30,17 +30,21 @@ from learner.valid_tree import keys_of, sid_of
 from ops.viewer import watch
 from ops.world import World
 from streams.blocks import State, blocked_state
-from streams.events import Sample, SampleItem, unpack_leaves
+from streams.events import Sample, SemanticId, unpack_leaves
 from streams.weights import Manifest
 
 FACTOR: Final = 100.0
 COLLAPSED: Final = 0.9
 """Mean probability of the one item at which a collapse is complete."""
-FURTHEST: Final = 0.9
+MOST_STEPS: Final = 200
+KEPT: Final = 2
+TAUGHT: Final = 4
+"""Of a request's targets, those that it had shown itself, and those that are watched least."""
+FURTHEST: Final = 0.98
 """Of the divergence that the guard allows."""
 EVERY: Final = 4
 """Steps between two questions to the guard."""
-MOST_STEPS: Final = 200
+WRONG_STEPS: Final = 60
 VISIT: Final = 1 << 40
 """A visit that no viewer of the run will make."""
 PACE: Final = 20.0
@@ -68,7 +72,7 @@ class Collapse(NamedTuple):
 
 
 class Wrong(NamedTuple):
-    """A policy that was taught by rewards of the wrong sign."""
+    """A policy that was taught what is watched least."""
 
     state: State
     steps: int
@@ -95,7 +99,7 @@ class Workshop:
         model = self.model(state)
         tree = self.catalogue.valid.tree(self.catalogue.version)
         sid = sid_of(tree.key_at(len(tree) // 2), tree.codes)
-        taught = [_only(sample, sid) for sample in samples]
+        taught = [_shown(sample, [sid], 0) for sample in samples]
         batch = imitation(assemble(taught, self.catalogue.valid, *self._sizes(model)))
         trainer = Trainer(model, LearnSettings(supervised=1.0, entropy=0.0), 0.01)
         for step in range(1, MOST_STEPS + 1):
@@ -108,26 +112,28 @@ class Workshop:
             f"after {MOST_STEPS} steps the one item has {share:.2g} of the probability"
         )
 
-    def learned_wrongly(self, state: State, samples: Sequence[Sample], seed: int) -> Wrong:
-        """Taught to show what was watched least, as far as the guard lets it; raises `ValueError` if it does not."""
+    def learned_wrongly(
+        self, state: State, samples: Sequence[Sample], worst: Sequence[SemanticId], seed: int
+    ) -> Wrong:
+        """Taught to show the `worst` items besides its own, as far as the guard lets it.
+
+        Raises `ValueError` where the guard lets nothing pass.
+        """
         model = self.model(state)
         trainer = Trainer(model, LearnSettings(supervised=1.0, entropy=0.0), self._learn.lr)
-        taught = [_least_watched(sample) for sample in samples if _seen(sample)]
         rng = np.random.default_rng([seed, 4])
         found: Wrong | None = None
-        for step in range(1, MOST_STEPS + 1):
-            rows = rng.choice(len(taught), size=min(len(taught), self._learn.batch), replace=False)
-            batch = assemble(
-                [taught[row] for row in rows], self.catalogue.valid, *self._sizes(model)
-            )
-            trainer.step(imitation(batch))
+        reason = ""
+        for step in range(1, WRONG_STEPS + 1):
+            rows = rng.choice(len(samples), min(len(samples), self._learn.batch), replace=False)
+            taught = [_shown(samples[row], _some(worst, rng), KEPT) for row in rows.tolist()]
+            trainer.step(imitation(assemble(taught, self.catalogue.valid, *self._sizes(model))))
             if step % EVERY:
                 continue
             candidate = state_of(model)
-            figures, reason = self.judged(state, candidate, samples)
-            if reason or figures.divergence > FURTHEST * self._learn.guard_divergence:
-                break
-            found = Wrong(candidate, step, figures)
+            figures, reason = self.judged(state, candidate, samples[-PROBES:])
+            if not reason and figures.divergence <= FURTHEST * self._learn.guard_divergence:
+                found = Wrong(candidate, step, figures)
         if found is None:
             raise ValueError(f"the guard lets nothing pass that was taught so: {reason}")
         return found
@@ -141,12 +147,6 @@ class Workshop:
         guard.saw(samples)
         verdict = guard.judge(candidate, self.catalogue.valid.tree(self.catalogue.version))
         return verdict.figures, verdict.reason
-
-    def top_share(self, state: State, samples: Sequence[Sample]) -> float:
-        """Mean probability of the leaf that a version draws most at these requests."""
-        probes = [Probe(sample.user, sample.context) for sample in samples]
-        tree = self.catalogue.valid.tree(self.catalogue.version)
-        return read(self.model(state).eval(), probes, tree).top_share
 
     def earnings(
         self,
@@ -206,22 +206,14 @@ def _earned(world: World, person: int, visit: int, items: Sequence[str]) -> floa
     return float(np.mean(shares)) if shares else 0.0
 
 
-def _only(sample: Sample, sid: tuple[int, int, int]) -> Sample:
-    """The request as one where this item alone was shown, and liked."""
-    first = structs.replace(sample.items[0], sid=sid, advantage=1, source="other")
-    return structs.replace(sample, items=[first], excluded=b"")
+def _shown(sample: Sample, sids: Sequence[SemanticId], kept: int) -> Sample:
+    """The request as one where these leaves were shown besides so many of its own, and all were good."""
+    first = sample.items[0]
+    items = [structs.replace(item, advantage=1) for item in sample.items[:kept]]
+    items += [structs.replace(first, sid=sid, advantage=1, source="other") for sid in sids]
+    return structs.replace(sample, items=items, excluded=b"")
 
 
-def _least_watched(sample: Sample) -> Sample:
-    """The request as one where what was watched least of what was seen was the best."""
-    worst = min(_seen(sample), key=_share)
-    items = [structs.replace(item, advantage=int(item is worst)) for item in sample.items]
-    return structs.replace(sample, items=items)
-
-
-def _seen(sample: Sample) -> list[SampleItem]:
-    return [item for item in sample.items if item.play_ms > 0]
-
-
-def _share(item: SampleItem) -> float:
-    return item.play_ms / max(1, item.duration_ms)
+def _some(worst: Sequence[SemanticId], rng: np.random.Generator) -> list[SemanticId]:
+    count = min(TAUGHT, len(worst))
+    return [worst[at] for at in rng.choice(len(worst), count, replace=False).tolist()]
