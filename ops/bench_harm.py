@@ -6,8 +6,9 @@ Notable choices
 - Each harm comes past the learner's guard: the learner is killed, the version is published in its place, and once the
   actor has refused or returned it, the learner is started again and must go on. A replay comes beside a live learner.
 - One harm has healthy figures, and the guard is asked to say so; only what viewers watch tells. After it the learner
-  is started at once, since it is its test of the rewards that must find it; it adopts the harmful version, goes on
-  learning from there, and so repairs what it can meanwhile.
+  is started at once, since it is its test of the rewards that must find it, and adopts the harmful version. It learns
+  at next to no rate then: at its own it repairs such a version about as fast as the test can tell, and the figure is
+  of a drop that lasts.
 - Times are read off the log afterwards (ops/bench_harm_log.py), which is then audited like any other run's.
 """
 
@@ -22,7 +23,6 @@ import numpy as np
 from rich.console import Console
 
 from learner.catalogue import Catalogue, CatalogueError
-from learner.keeper import WHO
 from ops.audit_samples import audit_samples, figures, journals
 from ops.audit_samples import checks as audit_checks
 from ops.bench_harm_intruder import LIE, Base, Intruder, replayed
@@ -54,6 +54,8 @@ WORST: Final = 0.1
 ASKED: Final = 1024
 """Requests at which earnings are estimated."""
 LEAST_DROP: Final = 0.1
+STILL: Final = ("--set", "learn.lr=1e-9")
+"""A learner that does not repair what it has adopted."""
 
 
 class Bench:
@@ -112,7 +114,7 @@ class Bench:
         wrong = workshop.learned_wrongly(base.state, samples, worst, self._seed)
         harm, _ = intruder.publish(base, wrong.state)
         self.harms[name] = harm
-        self._loop.start_learner()
+        self._loop.start_learner(*STILL)
         self.notes[name] = self._expected(base, workshop, wrong)
         wait_s = self._config.join.window_s + REWARD_GOAL_S
         self._loop.waited(
@@ -121,6 +123,9 @@ class Bench:
             1.5 * wait_s,
         )
         self._loop.wait_until_well(harm.version)
+        self._loop.kill_learner()
+        self._loop.start_learner()
+        self._loop.wait_until_well(self._loop.newest())
 
     def _expected(self, base: Base, workshop: Workshop, wrong: Wrong) -> dict[str, Any]:
         """What guard and simulated world say of a wrong version beforehand."""
@@ -237,7 +242,7 @@ def harms_of(bench: Bench, seen: Seen) -> dict[str, Any]:
     for name, harm in bench.harms.items():
         of = by_rewards if name == "earns_less" else outcome
         found[name] = {**of(seen, harm), **bench.notes.get(name, {})}
-    return {"harms": found, "returns": sum(said.who == WHO for said in seen.commands)}
+    return {"harms": found}
 
 
 def checks_of(results: dict[str, Any], window_s: float) -> list[Check]:

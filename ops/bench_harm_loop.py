@@ -64,9 +64,9 @@ class Loop:
         self._roles["simulate"] = self._role("simulate", "--set", f"actor.port={port}")
         self.wait("the first viewers", lambda: self.look(lambda seen: len(seen.answers)))
 
-    def start_learner(self) -> None:
-        """Start it, or start it again."""
-        self._learner = self._role("learner", "--start-from", str(self._start))
+    def start_learner(self, *more: str) -> None:
+        """Start it, or start it again, with `more` arguments."""
+        self._learner = self._role("learner", "--start-from", str(self._start), *more)
 
     def kill_learner(self) -> None:
         """kill -9."""

@@ -16,6 +16,7 @@ from learner.fenced import Fenced, Record
 from learner.recovery import RunLog, follow
 from learner.settings import LearnSettings
 from learner.versions import CHECKPOINTS
+from ops.audit_samples import journals
 from storage.checkpoints import Checkpoints
 from streams.blocks import State, blocked_state, root
 from streams.clients import records
@@ -26,6 +27,7 @@ from streams.signing import Signer, make_pair
 from streams.topics import CONTROL, WEIGHTS
 from streams.weights import Manifest, pack
 from streams.weights_log import manifests_after, version_at
+from tests.learner.cluster import published, writing
 from tests.learner.lineage import (
     STEPWISE,
     Lineage,
@@ -153,3 +155,23 @@ def test_without_its_newest_checkpoint_it_goes_back_to_the_newest_version_that_i
     bad = forge(lineage, louder, digest="0" * 32)
     Checkpoints(lineage.data_dir / CHECKPOINTS).path(good.version).write_bytes(b"damaged")
     goes_on(lineage, STEPWISE, good, bad)
+
+
+def test_a_version_that_somebody_wrote_again_is_passed_over(lineage: Lineage) -> None:
+    learned(lineage, STEPWISE)
+    again = [
+        (record.key, record.value)
+        for record in records(lineage.kafka.bootstrap, WEIGHTS)
+        if (record.key or b"").startswith(b"2/")
+    ]
+    with writing(lineage.kafka) as client:
+        for key, value in again:
+            client.send(WEIGHTS, value, key, partition=0)
+    with lineage.started(STEPWISE) as learner:
+        lineage.write(lineage.samples(4, seed=6))
+        manifests = learn(learner, lineage, 24)
+    assert accounted(manifests) == counts(trained=24)
+    assert [manifest.version for manifest, _ in published(lineage.kafka)] == [
+        manifest.version for manifest in manifests
+    ]
+    assert journals(lineage.kafka) == {"versions": len(manifests), "twice": 0, "passed_over": 0}
