@@ -27,7 +27,7 @@ from learner.checkpoint import Progress
 from learner.guard import Guard
 from learner.policy import build
 from learner.ranks import Ranks
-from learner.recovery import RecoveryError, published_state
+from learner.recovery import Lost, RecoveryError, published_state
 from learner.reward_test import Drop, RewardTest
 from learner.settings import LearnSettings
 from learner.source import Source
@@ -75,12 +75,19 @@ class Keeper:
     """Of the first rank."""
 
     def __init__(
-        self, bootstrap: str, learn: LearnSettings, progress: Progress, state: State, ranks: Ranks
+        self,
+        bootstrap: str,
+        learn: LearnSettings,
+        progress: Progress,
+        state: State,
+        ranks: Ranks,
+        lost: Lost | None = None,
     ) -> None:
-        """`state` is the last published version, or a start."""
+        """`state` is the last published version, or a start; or an older one, where the last is `lost`."""
         self._bootstrap = bootstrap
         own = signer(learn.signing_key)
         self._trust = None if own is None else own.trust
+        self._lost = lost
         with torch.random.fork_rng(devices=[]):  # the random state is part of the checkpoint
             model = build(progress.preset, progress.codes, progress.user_rows)
         self.guard = Guard(model.to(ranks.device), learn)
@@ -108,12 +115,15 @@ class Keeper:
 
     def called_back(self, source: Source) -> bool:
         """Whether there is a roll-back to be followed now."""
-        return self._pending(source) is not None or self._drop is not None
+        due = self._lost is not None or self._drop is not None
+        return due or self._pending(source) is not None
 
     def decide(self, source: Source, candidate: State, last: int) -> Return | None:
         """Whether to go back instead of publishing `candidate` after version `last`."""
         pending = self._pending(source)
         back = self._rolled_back(pending, last) if pending is not None else None
+        if self._lost is not None:
+            back, self._lost = back or self._found_lost(self._lost, last), None
         if self._drop is not None:
             back = back or self._dropped(source.control, self._drop, last)
             self._drop = None
@@ -138,6 +148,13 @@ class Keeper:
         why = f"the learner went back to version {pending.version}"
         log.warning("version %d: %s", last + 1, why)
         return Return(pending.version, state, "follow", why)
+
+    def _found_lost(self, lost: Lost, last: int) -> Return:
+        assert self.guard.good is not None
+        RETURNS.labels("start").inc()
+        why = f"{lost.why}: back to version {lost.restored}"
+        log.error("version %d: %s", last + 1, why)
+        return Return(lost.restored, self.guard.good, "follow", why)
 
     def _dropped(self, control: ControlState, drop: Drop, last: int) -> Return | None:
         told = (

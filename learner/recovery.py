@@ -6,6 +6,9 @@ Notable choices (contract of the policy, "Versions")
   journals are followed up to the last published version, whose digest must come out.
 - Where it does not (another machine, other threads, samples deleted), the published weights are adopted with fresh
   optimisers; said, and counted.
+- Weights are adopted only from a version that is one: its digest holds, it is finite and, where the learner has a
+  key, signed with it, for the next version would be signed too. Where the last on the log is none, the newest that is
+  becomes the next version (`Resumed.lost`).
 - Samples that became dead letters say so in the transaction of their version: a catalogue that has grown since would
   let them pass.
 """
@@ -15,6 +18,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from kafka import TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
@@ -30,15 +34,15 @@ from learner.settings import LearnSettings
 from learner.step import Trainer
 from learner.update import JournalError, train_again
 from storage.checkpoints import Checkpoints
-from streams.blocks import State, digest_of
+from streams.blocks import State, digest_of, not_finite
 from streams.clients import consumer, records
 from streams.control import condemned_by
 from streams.events import UnreadableError, dead_letter_decoder, decode, sample_decoder
 from streams.settings import KafkaSettings
-from streams.signing import Trust
+from streams.signing import Trust, signer
 from streams.topics import CATALOGUE, DEAD_LETTERS, SAMPLES
 from streams.weights import Manifest, StepEntry, WeightError
-from streams.weights_log import manifests_after, version_at
+from streams.weights_log import manifests_after, version_at, walk
 
 log = logging.getLogger("dwell.learner")
 
@@ -59,6 +63,16 @@ class Resumed:
     codebooks: Codebooks
     path: Path | None = None
     """The checkpoint that holds just this."""
+    lost: "Lost | None" = None
+    """Set where the last version on the log is none; the weights are of an older one."""
+
+
+class Lost(NamedTuple):
+    """Why there is no going on from the last version."""
+
+    restored: int
+    """The version whose weights are taken instead."""
+    why: str
 
 
 @dataclass
@@ -213,7 +227,7 @@ def _caught_up(
 ) -> Resumed:
     """From an older checkpoint to `last`, by its journals or by its weights."""
     found.path = None
-    began = found.progress.version
+    began, state = found.progress.version, state_of(found.trainer.model)
     manifests = manifests_after(kafka.bootstrap, began)
     before = found.progress.steps
     try:
@@ -231,11 +245,42 @@ def _caught_up(
     except JournalError as error:
         why = str(error)
     ADOPTED.inc()
-    log.warning("%s: adopting the published weights, with fresh optimisers", why)
+    number, state, fault = _newest_that_is_one(kafka.bootstrap, settings, last, (began, state))
+    lost = Lost(number, fault) if fault else None
+    if lost is None:
+        log.warning("%s: adopting the published weights, with fresh optimisers", why)
+    else:
+        log.error("%s: going back to version %d, with fresh optimisers", fault, number)
     progress = _at(found.progress, began, manifests, last)
-    load_state(found.trainer.model, published_state(kafka.bootstrap, last.version))
+    load_state(found.trainer.model, state)
     trainer = Trainer(found.trainer.model, settings, settings.lr, found.trainer.ranks)
-    return Resumed(trainer, progress, found.codebooks)
+    return Resumed(trainer, progress, found.codebooks, lost=lost)
+
+
+def _newest_that_is_one(
+    bootstrap: str, settings: LearnSettings, last: Manifest, known: tuple[int, State]
+) -> tuple[int, State, str]:
+    """The newest version up to `last` whose weights may be taken, and why that is not `last`; empty where it is.
+
+    `known` is a checkpoint's, which are this learner's own.
+    """
+    number, state = known
+    key = signer(settings.signing_key)
+    fault = f"version {last.version} is not whole in the log"
+    if key is not None:
+        fault += ", or not signed with learn.signing_key"
+    with closing(walk(bootstrap, None if key is None else key.trust, number)) as versions:
+        for manifest, version in versions:
+            if isinstance(version, WeightError):
+                wrong = str(version)
+            else:
+                broken = not_finite(version.state)
+                wrong = f"version {manifest.version}: not finite: {', '.join(broken[:3])}"
+                if not broken:
+                    number, state = manifest.version, version.state
+                    continue
+            fault = wrong if manifest.version == last.version else fault
+    return number, state, "" if number == last.version else fault
 
 
 def _at(progress: Progress, began: int, manifests: list[Manifest], last: Manifest) -> Progress:

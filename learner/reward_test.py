@@ -11,7 +11,7 @@ Notable choices (docs/guard.md has what it can see, and how fast)
   that small drops and large ones are both seen. Without harm the mean number of comparisons before an alarm is at
   least the threshold.
 - When the drop began is where the best bet began (its CUSUM). That is an estimate: the return goes to before twice
-  as long ago.
+  as long ago; not to before single requests that closed late, for their versions may be minutes older.
 """
 
 from collections import deque
@@ -23,6 +23,8 @@ from streams.control import CONTROL_ARM, LEARNING_ARM
 from streams.events import ACTION_BITS, Sample
 
 STAKES: Final = np.array([0.02, 0.05, 0.1, 0.2, 0.4, 0.8])
+LATE: Final = 0.05
+"""Part of the comparisons since then whose versions, the oldest, do not count."""
 REMEMBERED: Final = 50_000
 """Comparisons back to which the beginning of a drop can be placed."""
 
@@ -91,7 +93,8 @@ class RewardTest:
         recent = list(self._seen)
         since = recent[-age:]
         whole = len(recent) < REMEMBERED or 2 * age <= len(recent)
-        oldest = min(version for version, _, _ in recent[-2 * age :])
+        served = sorted(version for version, _, _ in recent[-2 * age :])
+        oldest = served[int(LATE * len(served))]
         return Drop(
             version=max(0, oldest - 1) if whole else 0,
             comparisons=age,

@@ -117,7 +117,8 @@ class Learner:
                 self._publish(self._source)
             if state is not None and self._ranks.rank == 0:
                 where = self._kafka.bootstrap
-                self._keeper = Keeper(where, self._learn, self.progress, state, self._ranks)
+                more = self._ranks, self._state.lost
+                self._keeper = Keeper(where, self._learn, self.progress, state, *more)
                 self._keeper.listen(self._source)
         log.info("at version %d, lineage %s", self.progress.version, self.progress.lineage)
 

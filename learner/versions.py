@@ -136,7 +136,8 @@ class Versions:
         else:
             path = self._checkpoints.path(last.version)
             found = resume(self._checkpoints, last, self._kafka, self._learn, alone)
-            self._publisher.go_on_from(state_of(found.trainer.model))
+            if found.lost is None:  # else the next is published in full
+                self._publisher.go_on_from(state_of(found.trainer.model))
         fits(path, found.progress, policy)
         return found
 
@@ -160,10 +161,11 @@ class Versions:
             message = found.path if in_shards else whole
         message = self._ranks.everyone(message)[0]
         settings, lr = self._learn, self._learn.lr
+        lost = None if found is None else found.lost
         if isinstance(message, Path):
-            return Resumed(*load_shards(message, settings, lr, self._ranks))
+            return Resumed(*load_shards(message, settings, lr, self._ranks), lost=lost)
         assert message is not None
-        return Resumed(*shared(message, settings, lr, self._ranks))
+        return Resumed(*shared(message, settings, lr, self._ranks), lost=lost)
 
     def _keep(self, learner: Resumed, sharded: bool) -> None:
         """Write the checkpoint, each rank its shards where they have some; all must ask."""

@@ -101,6 +101,17 @@ def outage(
 
 
 @partial(command, group=bench)
+def harm(common: Common, json: JsonFile = None) -> None:
+    """Put harmful versions before live actors past the learner's guard; how is each refused or returned?"""
+    config = common.load(demo=True)
+    require_writable(json)
+    from ops.bench_harm import run
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    raise typer.Exit(run(config, json))
+
+
+@partial(command, group=bench)
 def join(
     common: Common,
     requests: Annotated[int, typer.Option(min=100, help="Requests of the throughput.")] = 20_000,

@@ -89,8 +89,8 @@ def walk(
                 found = _loaded(client, known, waiting.popleft(), trust)
                 head = found[1] if isinstance(found[1], Version) else head
                 yield found
-            if begin is not None and number < begin:
-                continue
+            if (begin is not None and number < begin) or (head and number <= head.number):
+                continue  # written again, it is passed over as by actors
             result = _taken(head, manifest, content)
             if waiting and waiting[0] == number:
                 waiting.popleft()

@@ -63,6 +63,21 @@ def test_a_drop_is_seen_in_time_though_all_was_well_before(drop: float, within: 
             assert version > 1_500 // 25 - 30, "and not much older"
 
 
+def test_single_requests_that_close_late_do_not_lead_far_back() -> None:
+    """Their versions are as much older as a request may stay open."""
+    rng = np.random.default_rng(5)
+    test = RewardTest(1e8)
+    found = None
+    for number in range(900):
+        version = 100 if number < 400 else 101
+        late = number in (300, 390, 410, 430)
+        mean = MEAN + 0.05 if late or version == 100 else 0.6 * MEAN
+        test.see(one("control", rewards(rng, MEAN), 1))
+        found = found or test.see(one("learning", rewards(rng, mean), 2 if late else version))
+    assert found is not None
+    assert found.version == 99
+
+
 def test_a_reward_is_what_was_watched_of_what_was_shown() -> None:
     made = sample("r", [Shown((0, 0, n)) for n in range(4)], 0)
     plays = [(10_000, 20_000, 0), (90_000, 20_000, 0), (20_000, 20_000, ACTION_BITS["dislike"])]
