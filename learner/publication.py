@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from learner.checkpoint import Progress
 from learner.fenced import Fenced, Record, why
 from learner.retention import Retention
+from learner.settings import LearnSettings
 from streams.blocks import BlockState, State, blocked_state, not_finite, root
 from streams.clients import records
 from streams.delta import DeltaError, changes
 from streams.events import Command, DeadLetter, UnreadableError, decode, encode
-from streams.signing import Signer
+from streams.settings import KafkaSettings
+from streams.signing import Signer, signer
 from streams.topics import CONTROL, DEAD_LETTERS, WEIGHTS, WEIGHTS_ANCHORS
 from streams.weights import (
     CHUNK_BYTES,
@@ -66,6 +68,12 @@ class Terms:
     kept_bytes: int
     """Of deltas on their topic."""
     signer: Signer | None = None
+
+    @classmethod
+    def of(cls, kafka: KafkaSettings, learn: LearnSettings) -> "Terms":
+        """As configured; raises `KeyFileError`."""
+        key = signer(learn.signing_key)
+        return cls(learn.weights_horizon_s, learn.anchor_every_s, kafka.weights_mb << 20, key)
 
 
 class Publisher:

@@ -27,7 +27,6 @@ from storage.checkpoints import Checkpoints
 from streams.blocks import State
 from streams.events import Command, DeadLetter
 from streams.settings import KafkaSettings
-from streams.signing import signer
 from streams.weights import StepEntry
 
 log = logging.getLogger("dwell.learner")
@@ -120,13 +119,7 @@ class Versions:
 
     def _first(self, policy: PolicySettings, start_from: Path | None) -> Resumed:
         """What the first rank finds, alone."""
-        learn = self._learn
-        terms = Terms(
-            learn.weights_horizon_s,
-            learn.anchor_every_s,
-            self._kafka.weights_mb << 20,
-            signer(learn.signing_key),
-        )
+        terms = Terms.of(self._kafka, self._learn)
         self._publisher = Publisher(self._kafka.bootstrap, terms)
         last, alone = self._publisher.last, self._ranks.alone()
         if last is None:

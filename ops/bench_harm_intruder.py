@@ -110,9 +110,7 @@ class Intruder:
         return Harm(manifest.version, now_ms)
 
     def _publisher(self) -> Publisher:
-        learn = self._learn
-        terms = Terms(learn.weights_horizon_s, learn.anchor_every_s, self._signer)
-        return Publisher(self._kafka.bootstrap, terms)
+        return Publisher(self._kafka.bootstrap, Terms.of(self._kafka, self._learn))
 
 
 def replayed(config: Config, version: int) -> Harm:

@@ -88,9 +88,7 @@ class Mover:
         learn, bootstrap = lineage.config.learn, lineage.config.kafka.bootstrap
         path = Start.at(lineage.folder / "start").policy
         _, progress, codebooks = load(path, learn, learn.lr)
-        kept_bytes = lineage.config.kafka.weights_mb << 20
-        terms = Terms(learn.weights_horizon_s, learn.anchor_every_s, kept_bytes)
-        publisher = Publisher(bootstrap, terms)
+        publisher = Publisher(bootstrap, Terms.of(lineage.config.kafka, learn))
         assert publisher.last is not None
         progress.version = publisher.last.version
         found = version_at(bootstrap, progress.version).state

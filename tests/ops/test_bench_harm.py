@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from learner.catalogue import Catalogue
-from learner.guard import not_finite
 from learner.policy import build, state_of
 from learner.settings import LearnSettings
 from ops.bench_harm import checks_of
 from ops.bench_harm_log import Answer, Earned, Harm, Seen, by_rewards, drop_between, outcome
 from ops.bench_harm_loop import is_well
 from ops.bench_harm_poison import Workshop, exploded, not_a_number
-from streams.blocks import State
+from streams.blocks import State, not_finite
 from streams.events import Command, Sample, encode
 from streams.topics import CONTROL, SAMPLES, WEIGHTS
 from streams.weights import Ack, Commit, Manifest
