@@ -3,7 +3,9 @@
 import asyncio
 import signal
 import socket
+import sys
 from pathlib import Path
+from typing import Final
 
 import uvicorn
 
@@ -13,6 +15,10 @@ from actor.settings import ActorSettings
 from learner.settings import PolicySettings
 from storage.heap import settle_heap
 from streams.settings import KafkaSettings
+
+
+SWITCH_S: Final = 5e-4
+"""Between event loop and decode, which share the interpreter: Python's 5 ms were most of p99 near the highest rates."""
 
 
 class ActorError(RuntimeError):
@@ -58,6 +64,7 @@ def listening_socket() -> socket.socket:
 async def _serve(listener: socket.socket, service: Service) -> None:
     async with service.open():
         settle_heap()
+        sys.setswitchinterval(SWITCH_S)
         config = uvicorn.Config(
             application(service),
             log_level="warning",

@@ -50,7 +50,7 @@ CATALOGUE_PLACE = TopicPartition(CATALOGUE, 0)
 
 ACK_PATIENCE_S = 1.0
 RETRY_S = 0.5
-SLICE: Final = 16
+SLICE: Final = 256
 """Records applied before requests have their turn."""
 
 

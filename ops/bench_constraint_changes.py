@@ -26,7 +26,7 @@ SINGLE: Final = 2_000
 BULK: Final = 10_000
 """Changes made together."""
 BULKS: Final = 5
-BLOCKS: Final = 6
+BLOCKS: Final = 20
 """Quiet ones, and as many with changes."""
 EXCLUDED: Final = 128
 REQUESTS: Final = 150
@@ -60,10 +60,10 @@ class Index:
 
     def insert_in_slices(self, count: int) -> None:
         """The same as the actor applies them, with others having their turn in between."""
-        for _ in range(count // SLICE):
-            for _ in range(SLICE):
-                self._upsert(self.valid.version + 1, self._spare.pop())
-            time.sleep(0)
+        for done in range(1, count + 1):
+            self._upsert(self.valid.version + 1, self._spare.pop())
+            if not done % SLICE:
+                time.sleep(0)
         self.tree = self.valid.tree(self.valid.version)
 
     def delete(self, item: int) -> None:
