@@ -16,9 +16,8 @@ from learner.settings import PolicySettings
 from storage.heap import settle_heap
 from streams.settings import KafkaSettings
 
-
 SWITCH_S: Final = 5e-4
-"""Between event loop and decode, which share the interpreter: Python's 5 ms were most of p99 near the highest rates."""
+"""Between turns of event loop and decode, which share the interpreter: Python's 5 ms were most of p99 at high rates."""
 
 
 class ActorError(RuntimeError):
