@@ -17,7 +17,7 @@ from storage.heap import settle_heap
 from streams.settings import KafkaSettings
 
 SWITCH_S: Final = 5e-4
-"""Between turns of event loop and decode, which share the interpreter: Python's 5 ms were most of p99 at high rates."""
+"""Event loop and decode share the interpreter: Python's 5 ms between their turns were most of p99 at high rates."""
 
 
 class ActorError(RuntimeError):
