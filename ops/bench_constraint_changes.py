@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from actor.subscription import SLICE
+from actor.subscription import PAUSE_S, SLICE
 from learner.decoder import LazyDecoder
 from learner.valid_ids import ValidIds
 from learner.valid_tree import Keys, sid_of
@@ -63,7 +63,7 @@ class Index:
         for done in range(1, count + 1):
             self._upsert(self.valid.version + 1, self._spare.pop())
             if not done % SLICE:
-                time.sleep(0)
+                time.sleep(PAUSE_S)
         self.tree = self.valid.tree(self.valid.version)
 
     def delete(self, item: int) -> None:
