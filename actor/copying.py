@@ -13,13 +13,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Set
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final, ParamSpec, TypeVar
+from typing import Final
 
 from aiokafka import TopicPartition
 from aiokafka.structs import ConsumerRecord
 from prometheus_client import Counter, Gauge
 
+from actor.disk import DiskThread
 from actor.kept import COMMAND, HISTORY, ITEM, Change, Copy, Cut
 from actor.policy import Arms
 from learner.catalogue import Catalogue
@@ -36,9 +36,6 @@ COPIED_VERSION = Gauge("dwell_actor_copy_policy_version", "Newest version in the
 FAILURES = Counter("dwell_actor_copy_failures_total", "Times that the copy could not be written")
 
 RECORDS_S: Final = 1.0
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Copying:
@@ -63,7 +60,7 @@ class Copying:
         self._passed = passed
         self._complete_ms = complete_ms
         self._every_s = every_s
-        self._thread = ThreadPoolExecutor(1, "copy")  # all work on the copy, one after another
+        self._disk = DiskThread("copy")
         self.positions: dict[TopicPartition, int] = {}
         """What is to be read next of `control`, `catalogue` and `histories`."""
         self._cluster = ""
@@ -131,7 +128,7 @@ class Copying:
     async def close(self) -> None:
         """Copy what has come since, and leave the copy."""
         await self._step()
-        self._thread.shutdown()
+        self._disk.end()
 
     async def _step(self) -> None:
         try:
@@ -161,7 +158,7 @@ class Copying:
         if not changes and cut == self._last and whole == self._whole:
             return
         try:
-            await self._in_thread(self._copy.write, changes, cut)
+            await self._disk.do(self._copy.write, changes, cut)
         except StoreError:
             later, self._changes = self._changes, changes
             for key, change in later.items():
@@ -169,7 +166,7 @@ class Copying:
             raise
         self._last = cut
         if whole and not self._whole:
-            await self._in_thread(self._copy.adopt)
+            await self._disk.do(self._copy.adopt)
             self._whole = True
         if whole:
             COPIED_AT.set(cut.complete_ms / 1000)
@@ -186,7 +183,7 @@ class Copying:
         await self._follow(following, now_s)
         wanted = pinned | {self._good}
         if wanted & self._on_disk and before | self._on_disk != wanted & self._on_disk:
-            await self._in_thread(self._copy.keep, wanted)
+            await self._disk.do(self._copy.keep, wanted)
             self._on_disk &= wanted
 
     async def _follow(self, following: list[str], now_s: float) -> None:
@@ -216,7 +213,7 @@ class Copying:
         found = self._built.get(number)
         if found is None:
             return False
-        await self._in_thread(self._copy.write_version, *found)
+        await self._disk.do(self._copy.write_version, *found)
         self._on_disk.add(number)
         self._built.pop(number, None)
         return True
@@ -224,10 +221,6 @@ class Copying:
     @property
     def _shares(self) -> Set[str]:
         return self._arms.control.shares.keys()
-
-    async def _in_thread(self, work: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: work(*args, **more))
 
 
 def harmful(version: int, control: ControlState) -> bool:

@@ -15,14 +15,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from prometheus_client import Counter, Gauge
 
+from actor.disk import DiskThread
 from actor.producing import Call, Producing, Record, heard, passes, reason, refused
 from storage.kv import StoreError
 from storage.spool import Spool
@@ -47,9 +47,6 @@ RETRY_S: Final = 0.5
 CHUNK_RECORDS: Final = 1000
 CHUNK_BYTES: Final = 1 << 20
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 _encode = msgspec.msgpack.Encoder().encode
 _decoder = msgspec.msgpack.Decoder(Record)
 
@@ -65,7 +62,7 @@ class Outgoing:
         self._producing = producing
         self._spool = spool
         self._patience_s = patience_s
-        self._thread = ThreadPoolExecutor(1, "spool")  # all work on the spool, one after another
+        self._disk = DiskThread("spool")
         self._on_the_way: dict[Call, None] = {}
         self._queue: deque[Call] = deque()
         self._queued = asyncio.Event()
@@ -89,7 +86,7 @@ class Outgoing:
             await self._producing.open()
         self._tell()
         if self._spool.count:
-            (first,) = await self._on_disk(self._spool.oldest, 1, 1)
+            (first,) = await self._disk.do(self._spool.oldest, 1, 1)
             SPOOL_OLDEST.set(_decoder.decode(first.record).time_ms / 1000)
             log.warning("%d events of an earlier run go first: %s", *self._what_is_kept())
         if away or self._spool.count:
@@ -98,7 +95,7 @@ class Outgoing:
     async def close(self) -> None:
         """Leave Kafka; what is in the spool stays there for the next start."""
         await self._producing.close()
-        self._thread.shutdown()
+        self._disk.end()
         if self._spool.count:
             log.warning("%d events wait for the next start: %s", *self._what_is_kept())
 
@@ -205,7 +202,7 @@ class Outgoing:
             was_empty = not self._spool.count
             try:
                 groups = [[_encode(record) for record in records] for records in left]
-                fitted = await self._on_disk(self._spool.append, groups)
+                fitted = await self._disk.do(self._spool.append, groups)
                 outcomes = [None if fits else self._full() for fits in fitted]
             except StoreError as error:
                 log.error("%s", error)
@@ -259,7 +256,7 @@ class Outgoing:
         """
         if last:
             self._held = {}
-        chunk = await self._on_disk(self._spool.oldest, CHUNK_RECORDS, CHUNK_BYTES)
+        chunk = await self._disk.do(self._spool.oldest, CHUNK_RECORDS, CHUNK_BYTES)
         if not chunk:
             return True
         records = [_decoder.decode(kept.record) for kept in chunk]
@@ -268,17 +265,12 @@ class Outgoing:
         async with asyncio.timeout(self._patience_s if last else ACK_S):
             await self._producing.send(records, [])
         took_s = time.monotonic() - began
-        await self._on_disk(self._spool.drop, chunk[-1].number)
+        await self._disk.do(self._spool.drop, chunk[-1].number)
         self._drained += len(records)
         for record in records:
             DRAINED.labels(record.topic).inc()
         self._tell()
         return took_s < self._patience_s / 2
-
-    async def _on_disk(self, work: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
-        """Run in the spool's thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: work(*args, **more))
 
     def _tell(self) -> None:
         SPOOL_RECORDS.set(self._spool.count)

@@ -34,7 +34,7 @@ from learner.source import Source
 from streams.blocks import State
 from streams.control import CONTROL_ARM, LEARNING_ARM, ControlState, Rollback, is_condemned
 from streams.events import Command, Sample
-from streams.signing import signer
+from streams.signing import signer, trust_in
 
 log = logging.getLogger("dwell.learner")
 
@@ -85,8 +85,7 @@ class Keeper:
     ) -> None:
         """`state` is the last published version, or a start; or an older one, where the last is `lost`."""
         self._bootstrap = bootstrap
-        own = signer(learn.signing_key)
-        self._trust = None if own is None else own.trust
+        self._trust = trust_in(signer(learn.signing_key))
         self._lost = lost
         with torch.random.fork_rng(devices=[]):  # the random state is part of the checkpoint
             model = build(progress.preset, progress.codes, progress.user_rows)

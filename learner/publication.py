@@ -29,7 +29,7 @@ from streams.clients import records
 from streams.delta import DeltaError, changes
 from streams.events import Command, DeadLetter, UnreadableError, decode, encode
 from streams.settings import KafkaSettings
-from streams.signing import Signer, signer
+from streams.signing import Signer, signer, trust_in
 from streams.topics import CONTROL, DEAD_LETTERS, WEIGHTS, WEIGHTS_ANCHORS
 from streams.weights import (
     CHUNK_BYTES,
@@ -227,7 +227,7 @@ class Publisher:
 
     def _asked_for(self, named: set[int]) -> list[tuple[Manifest, State]]:
         """The versions that an arm names and that are not there in full yet."""
-        trust = None if self._terms.signer is None else self._terms.signer.trust
+        trust = trust_in(self._terms.signer)
         found = []
         for number in sorted(named - self._retention.anchors.keys() - self._lost):
             try:

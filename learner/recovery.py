@@ -39,7 +39,7 @@ from streams.clients import consumer, records
 from streams.control import condemned_by
 from streams.events import UnreadableError, dead_letter_decoder, decode, sample_decoder
 from streams.settings import KafkaSettings
-from streams.signing import Trust, signer
+from streams.signing import Trust, signer, trust_in
 from streams.topics import CATALOGUE, DEAD_LETTERS, SAMPLES
 from streams.weights import Manifest, StepEntry, WeightError
 from streams.weights_log import manifests_after, version_at, walk
@@ -89,12 +89,7 @@ class RunLog:
     def of(cls, kafka: KafkaSettings, progress: Progress) -> "RunLog":
         """Open the log at a checkpoint; raises `JournalError` when samples after it were deleted."""
         bootstrap = kafka.bootstrap
-        catalogue = Catalogue(progress.codes)
-        for record in records(bootstrap, CATALOGUE):
-            try:
-                catalogue.take(record.offset, record.key, record.value)
-            except CatalogueError as error:
-                log.warning("%s", error)
+        catalogue = catalogue_in_log(bootstrap, progress.codes)
         buried = set()
         for record in records(bootstrap, DEAD_LETTERS):
             letter = decode(dead_letter_decoder, record.value)
@@ -141,6 +136,18 @@ class RunLog:
                 record = next(self._readers[partition], None)
             self._next[partition] = record
         return taken
+
+
+def catalogue_in_log(bootstrap: str, codes: int) -> Catalogue:
+    """The catalogue up to the log's present end."""
+    catalogue = Catalogue(codes)
+    with closing(records(bootstrap, CATALOGUE)) as entries:
+        for record in entries:
+            try:
+                catalogue.take(record.offset, record.key, record.value)
+            except CatalogueError as error:
+                log.warning("%s", error)
+    return catalogue
 
 
 def follow(
@@ -265,11 +272,11 @@ def _newest_that_is_one(
     `known` is a checkpoint's, which are this learner's own.
     """
     number, state = known
-    key = signer(settings.signing_key)
+    trust = trust_in(signer(settings.signing_key))
     fault = f"version {last.version} is not whole in the log"
-    if key is not None:
+    if trust is not None:
         fault += ", or not signed with learn.signing_key"
-    with closing(walk(bootstrap, None if key is None else key.trust, number)) as versions:
+    with closing(walk(bootstrap, trust, number)) as versions:
         for manifest, version in versions:
             if isinstance(version, WeightError):
                 wrong = str(version)

@@ -52,18 +52,12 @@ class Index:
         self._items += 1
         self.valid.upsert(version, f"i{self._items}", sid_of(key, self.codes))
 
-    def insert(self, count: int) -> None:
-        """New items, each a version."""
-        for _ in range(count):
-            self._upsert(self.valid.version + 1, self._spare.pop())
-        self.tree = self.valid.tree(self.valid.version)
-
-    def insert_in_slices(self, count: int) -> None:
-        """The same as the actor applies them, with others having their turn in between."""
+    def insert(self, count: int, pause_s: float = 0.0) -> None:
+        """New items, each a version; with a pause now and then others have their turn, as at the actor."""
         for done in range(1, count + 1):
             self._upsert(self.valid.version + 1, self._spare.pop())
-            if not done % SLICE:
-                time.sleep(PAUSE_S)
+            if pause_s and not done % SLICE:
+                time.sleep(pause_s)
         self.tree = self.valid.tree(self.valid.version)
 
     def delete(self, item: int) -> None:
@@ -130,7 +124,7 @@ def _serving(
 def _write(index: Index, kind: str, over: threading.Event) -> None:
     """The changes of one block."""
     if kind == "bulk":
-        index.insert_in_slices(BULK)
+        index.insert(BULK, PAUSE_S)
     while kind == "single" and not over.wait(1.0 / PER_S):
         index.insert(1)
 

@@ -14,7 +14,6 @@ Notable choices
 
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 from rich.console import Console
 
-from learner.catalogue import Catalogue, CatalogueError
+from learner.recovery import catalogue_in_log
 from ops.audit_samples import audit_samples, figures, journals
 from ops.audit_samples import checks as audit_checks
 from ops.bench_harm_intruder import LIE, Base, Intruder, replayed
@@ -36,10 +35,8 @@ from ops.errors import UserError
 from ops.results import Check, report
 from ops.warmup import world_of
 from streams.blocks import State
-from streams.clients import records
 from streams.events import Sample
 from streams.signing import Signer, make_pair
-from streams.topics import CATALOGUE
 from streams.weights_log import version_at
 
 WARM_S: Final = 20.0
@@ -173,12 +170,9 @@ class Bench:
         self.notes.setdefault(name, {})["well_again_s"] = time.monotonic() - began
 
     def _workshop(self, base: Base) -> Workshop:
-        catalogue = Catalogue(self._config.policy.codes)
-        with closing(records(self._config.kafka.bootstrap, CATALOGUE)) as entries:
-            for record in entries:
-                with suppress(CatalogueError):
-                    catalogue.take(record.offset, record.key, record.value)
-        return Workshop(base.manifest, self._config.learn, catalogue)
+        config = self._config
+        catalogue = catalogue_in_log(config.kafka.bootstrap, config.policy.codes)
+        return Workshop(base.manifest, config.learn, catalogue)
 
     def _newest(self, count: int) -> list[Sample]:
         return self._loop.look(lambda seen: list(seen.newest)[-count:])

@@ -83,6 +83,11 @@ def trust(path: str) -> Trust | None:
     return Trust.read(Path(path)) if path else None
 
 
+def trust_in(own: Signer | None) -> Trust | None:
+    """The trust of a learner in what it signed itself; None where it does not sign."""
+    return None if own is None else own.trust
+
+
 def make_pair(folder: Path) -> tuple[Path, Path]:
     """Write a new pair of keys, private and public; raises `KeyFileError` rather than replace one."""
     private, public = folder / PRIVATE, folder / PUBLIC
