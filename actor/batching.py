@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from actor.policy import ServedPolicy
 from actor.recommend import Prepared
 from actor.sampling import Slates
@@ -41,7 +43,8 @@ class Batcher:
         self._decode = decode
         self._max_batch = max_batch
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        # torch tells a thread how many it may use when that first asks; till then a product takes every core.
+        self._thread = ThreadPoolExecutor(1, "decode", initializer=torch.get_num_threads)
 
     @property
     def waiting(self) -> int:

@@ -70,22 +70,17 @@ def served(
     The user table stays in blocks, so that a version costs no copy of it. `like` is another version of this shape,
     which spares making the modules anew. Raises `PolicyError`.
     """
-    model = build(shape, codes, user_rows) if like is None else like.twin()
+    like = like or build(shape, codes, user_rows).eval().requires_grad_(False)
     tensors = {
         name: torch.from_numpy(tensor.array) for name, tensor in blocks.items() if name != USERS
     }
-    table = blocks.get(USERS)
-    asked = (user_rows, model.preset.d_user)
-    if table is None or table.shape != asked:
-        raise PolicyError(
-            f"state does not fit the policy: {USERS} is {table and table.shape}, {asked} is asked for"
-        )
-    model.context.users = _Rows(table)  # type: ignore[assignment]
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise PolicyError(f"state does not fit the policy: {error}") from None
-    model.eval().requires_grad_(False)
+    asked = {name: tuple(value.shape) for name, value in like.state_dict().items()}
+    asked[USERS] = user_rows, like.preset.d_user
+    differ = asked.items() ^ {name: tensor.shape for name, tensor in blocks.items()}.items()
+    if differ:
+        raise PolicyError(f"state does not fit the policy: {sorted(differ)}")
+    model = like.twin(tensors)
+    model.context.users = _Rows(blocks[USERS])  # type: ignore[assignment]
     model.prepare()
     return model
 

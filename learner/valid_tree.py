@@ -28,8 +28,8 @@ from learner.sorted_keys import find, merged, none, ranges, run_starts
 from learner.valid_arena import Arena, Buckets, Places
 from streams.events import LEVELS, SemanticId
 
-FEW: Final = 256
-"""Buckets that are written one by one; where more are touched, all leaves are merged anew."""
+PART: Final = 2
+"""Buckets that are touched are written anew while they hold less than one in so many of the leaves; else all are."""
 WASTE: Final = 2
 """Leaves in the arena over those that live, beyond `SLACK`, before it is written anew."""
 SLACK: Final = 1 << 16
@@ -135,9 +135,13 @@ class Tree:
         """
         table = self._table
         touched = np.unique(np.concatenate([added, removed]) // self.codes**2)
-        if len(touched) > FEW or self._arena.leaves > WASTE * self._count + SLACK:
-            return type(self)(self.codes, merged(self.leaves(), added, removed))
         own = np.isin(table.code_T, touched, assume_unique=True)
+        written = int(table.leaves_T[own].sum()) + len(added)
+        if (
+            written * PART > self._count
+            or self._arena.leaves + written > WASTE * self._count + SLACK
+        ):
+            return type(self)(self.codes, merged(self.leaves(), added, removed))
         there = self._arena.leaf_key[ranges(table.leaf_T[own], table.leaves_T[own])]
         block = self._arena.add(merged(there, added, removed), self.codes)
         parts = [np.concatenate([old[~own], new]) for old, new in zip(table, block, strict=True)]

@@ -32,6 +32,8 @@ class Blocked:
     blocks: tuple[Bytes, ...]
     """Each of `BLOCK_BYTES`, the last of what remains."""
     digests: tuple[bytes, ...]
+    whole: NDArray[Any] | None = None
+    """All values in one piece, where the blocks are parts of such a one."""
 
     @property
     def nbytes(self) -> int:
@@ -40,7 +42,9 @@ class Blocked:
 
     @cached_property
     def array(self) -> NDArray[Any]:
-        """All values in one piece; of a single block without a copy. Not to be written to."""
+        """All values in one piece; without a copy where they lie so. Not to be written to."""
+        if self.whole is not None:
+            return self.whole
         whole = self.blocks[0] if len(self.blocks) == 1 else np.concatenate([_NONE, *self.blocks])
         return whole.view(self.dtype).reshape(self.shape)
 
@@ -63,6 +67,14 @@ def blocked(array: NDArray[Any]) -> Blocked:
     blocks = tuple(block.copy() for block in pieces(array))
     digests = tuple(_digest(block) for block in blocks)
     return Blocked(array.dtype, array.shape, blocks, digests)
+
+
+def in_one_piece(array: NDArray[Any]) -> Blocked:
+    """A copy of an array, in blocks that lie in one piece: for what is read so and seldom moves in part, for any
+    block keeps all the memory."""
+    whole = array.copy(order="C")
+    blocks = tuple(pieces(whole))
+    return Blocked(whole.dtype, whole.shape, blocks, tuple(map(_digest, blocks)), whole)
 
 
 def blocked_state(state: State) -> BlockState:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from streams.blocks import BLOCK_BYTES, Blocked, BlockState, State, blocked, pieces
+from streams.blocks import BLOCK_BYTES, Blocked, BlockState, State, in_one_piece, pieces
 
 WHOLE: Final = "whole"
 ROWS: Final = "rows"
@@ -42,14 +42,11 @@ def changes(base: BlockState, state: State) -> tuple[dict[str, NDArray[Any]], Bl
         before = base[name]
         if (before.dtype, before.shape) != (array.dtype, array.shape):
             raise DeltaError(f"{name} was {before.dtype} {before.shape}")
-        moved = {
-            place: piece.copy()
-            for place, (piece, block) in enumerate(zip(pieces(array), before.blocks, strict=True))
-            if not np.array_equal(piece, block)
-        }
-        following[name] = before.with_blocks(moved)
-        if moved:
-            content |= _carried(name, array, _places(before, moved))
+        differing = _differing(before, array)
+        touched = dict(enumerate(pieces(array)))
+        following[name] = before.with_blocks({place: touched[place].copy() for place in differing})
+        if differing:
+            content |= _carried(name, array, differing)
     return content, following
 
 
@@ -68,7 +65,7 @@ def applied(base: BlockState, content: Mapping[str, NDArray[Any]]) -> BlockState
         if how == WHOLE:
             if values.shape != before.shape:
                 raise DeltaError(f"{label} has shape {values.shape}, {name} {before.shape}")
-            following[name] = blocked(values)
+            following[name] = in_one_piece(values)  # it moved as a whole, and will again
             continue
         places = content.get(f"{how}@{name}")
         width = _width(before.shape) if how == ROWS else 1
@@ -80,28 +77,37 @@ def applied(base: BlockState, content: Mapping[str, NDArray[Any]]) -> BlockState
     return following
 
 
-def _places(before: Blocked, moved: Mapping[int, NDArray[np.uint8]]) -> NDArray[np.int64]:
-    """Flat indices of the values that changed, ascending."""
-    size = before.dtype.itemsize
-    bits = np.dtype(f"u{size}")
-    return np.concatenate(
-        [
-            np.flatnonzero(block.view(bits) != before.blocks[place].view(bits))
-            + place * (BLOCK_BYTES // size)
-            for place, block in sorted(moved.items())
-        ]
-    )
+def _differing(before: Blocked, array: NDArray[Any]) -> dict[int, NDArray[np.bool_]]:
+    """Of the blocks that differ, which values do; in ascending order."""
+    bits = np.dtype(f"u{array.dtype.itemsize}")
+    found = {}
+    for place, (piece, block) in enumerate(zip(pieces(array), before.blocks, strict=True)):
+        differs = piece.view(bits) != block.view(bits)
+        if differs.any():
+            found[place] = differs
+    return found
 
 
-def _carried(name: str, array: NDArray[Any], places: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def _carried(
+    name: str, array: NDArray[Any], differing: Mapping[int, NDArray[np.bool_]]
+) -> dict[str, NDArray[Any]]:
     """The changed part of a tensor in the form that takes the least bytes."""
     width = _width(array.shape)
     size = array.dtype.itemsize
+    row_bytes, value_bytes = width * size + _PLACE.itemsize, size + _PLACE.itemsize
+    count = sum(int(np.count_nonzero(differs)) for differs in differing.values())
+    # Where most moved it need not be known which: that would take longer than all the rest.
+    if array.nbytes <= min(-(-count // width) * row_bytes, count * value_bytes):
+        return {f"{WHOLE}:{name}": array}
+    per_block = BLOCK_BYTES // size
+    places = np.concatenate(
+        [np.flatnonzero(differs) + place * per_block for place, differs in differing.items()]
+    )
     rows = np.unique(places // width)
     costs = {
         WHOLE: array.nbytes,
-        ROWS: len(rows) * (width * size + _PLACE.itemsize),
-        VALUES: len(places) * (size + _PLACE.itemsize),
+        ROWS: len(rows) * row_bytes,
+        VALUES: count * value_bytes,
     }
     how = min(costs, key=lambda one: costs[one])
     if how == WHOLE:

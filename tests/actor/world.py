@@ -4,14 +4,14 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI
-from kafka import KafkaProducer
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from actor.api import application
 from actor.service import Service
@@ -41,6 +41,7 @@ from streams.topics import (
     CONTROL,
     EXPOSURES,
     FEEDBACK,
+    HISTORIES,
     WEIGHTS,
     WEIGHTS_ACKS,
     WEIGHTS_ANCHORS,
@@ -69,6 +70,17 @@ class World:
         self.states: dict[int, State] = {}
         self.signer: Signer | None = None
         self._client: KafkaProducer | None = None
+
+    def readable(self) -> bool:
+        """Whether all that was written can be read: no transaction waits for its markers."""
+        places = [TopicPartition(HISTORIES, at) for at in range(self.kafka.partitions)]
+        places += [TopicPartition(at, 0) for at in (CATALOGUE, CONTROL, WEIGHTS, WEIGHTS_ANCHORS)]
+        ends = []
+        for isolation in ("read_committed", "read_uncommitted"):
+            of = {"bootstrap_servers": self.kafka.bootstrap, "isolation_level": isolation}
+            with closing(KafkaConsumer(**of)) as client:
+                ends.append(client.end_offsets(places))
+        return bool(ends[0] == ends[1])
 
     def close(self) -> None:
         """Leave the cluster; the next write comes back."""

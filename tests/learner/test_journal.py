@@ -46,7 +46,7 @@ def kind_of(polled: Polled) -> str:
     return "trained" if polled.sample.items[1].advantage else "without_target"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(polls(), st.integers(1, 7), st.lists(st.integers(1, 20), min_size=1), st.data())
 def test_every_offset_stands_in_exactly_one_range_with_its_disposition(
     stream: list[Polled], batch: int, chunks: list[int], data: st.DataObject

@@ -51,7 +51,7 @@ def points_of(rng: np.random.Generator, table: Floats, points: int) -> Floats:
     return np.array([kinds[rng.integers(len(kinds))][row] for row in range(points)])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**32 - 1),
     codes=st.integers(1, 40),

@@ -69,7 +69,6 @@ def sigmoid(z: float) -> float:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@settings(deadline=None)
 @given(z=logits, z_old=logits, advantage=advantages)
 def test_the_weight_of_own_exposures_is_the_closed_form(
     name: str, z: float, z_old: float, advantage: float
@@ -81,7 +80,6 @@ def test_the_weight_of_own_exposures_is_the_closed_form(
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@settings(deadline=None)
 @given(z=logits, advantage=advantages)
 def test_the_weight_of_another_systems_exposure_is_the_closed_form(
     name: str, z: float, advantage: float
@@ -92,7 +90,6 @@ def test_the_weight_of_another_systems_exposure_is_the_closed_form(
 
 
 @pytest.mark.parametrize("objective", [gbpo_per_level, gbpo_per_item])
-@settings(deadline=None)
 @given(z=logits, z_old=st.none() | logits)
 def test_gbpo_is_bounded_by_likelihood_and_binary_cross_entropy(
     objective: Objective, z: float, z_old: float | None
@@ -114,7 +111,6 @@ def test_gbpo_is_bounded_by_likelihood_and_binary_cross_entropy(
         assert pushed == pytest.approx(pi / old, rel=1e-6)
 
 
-@settings(deadline=None)
 @given(z=logits, z_old=logits)
 def test_of_the_clipped_objectives_only_plain_ppo_is_unbounded(z: float, z_old: float) -> None:
     assume(abs(z - z_old) < 19.0)
@@ -157,7 +153,7 @@ class Case:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000))
 def test_the_gradient_at_the_logits_is_the_weight_times_that_of_the_softmax(
     name: str, seed: int

@@ -309,16 +309,16 @@ def test_lists_of_exclusions_must_match_the_requests() -> None:
 leaf_sets = st.sets(st.integers(0, CODES**3 - 1))
 
 
-@pytest.mark.parametrize("few", [0, 2, 1000], ids=["merged", "either", "bucket by bucket"])
+@pytest.mark.parametrize("part", [1 << 30, 2, 0], ids=["merged", "either", "bucket by bucket"])
 @given(leaf_sets, st.lists(st.tuples(leaf_sets, leaf_sets), max_size=8), st.sets(leaf))
 def test_a_changed_tree_is_the_tree_of_its_leaves_and_those_before_it_stay(
-    few: int,
+    part: int,
     first: set[int],
     changes: list[tuple[set[int], set[int]]],
     gone: set[SemanticId],
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("learner.valid_tree.FEW", few)
+        patched.setattr("learner.valid_tree.PART", part)
         live = set(first)
         trees = [(Tree(CODES, np.array(sorted(live), dtype=np.int64)), set(live))]
         for added, removed in changes:
@@ -369,6 +369,31 @@ def test_a_version_asked_for_as_it_comes_is_the_one_asked_for_later(
         state = catalogue_at(ops, min(version + 1, len(ops) - 1))
         found = index.tree(version).leaves().tolist()
         assert found == sorted({key(one) for one in state.values()})
+
+
+@given(operations, st.data())
+def test_births_that_are_not_asked_about_are_the_same_as_births_one_by_one(
+    ops: list[Op], data: st.DataObject
+) -> None:
+    together, single = ValidIds(CODES), ValidIds(CODES)
+    for version, (item, to) in enumerate(ops):
+        for index in (together, single):
+            index.upsert(version, item, to) if to is not None else index.delete(version, item)
+        single.tree(version)
+        pruned = data.draw(st.integers(-1, version))
+        for index in (together, single):
+            index.prune(pruned)
+        if not data.draw(st.booleans()):
+            continue
+        for at in range(max(0, single.oldest), version + 1):
+            assert together.tree(at).leaves().tolist() == single.tree(at).leaves().tolist()
+            for item, _ in ops:
+                assert together.sid_of(item, at) == single.sid_of(item, at)
+    assert together.rows == single.rows
+    mine, theirs = together.to_tensors(), single.to_tensors()
+    assert sorted(mine["valid_ids.stays"].T.tolist()) == sorted(
+        theirs["valid_ids.stays"].T.tolist()
+    )
 
 
 @given(operations, st.sets(st.tuples(code, code, code)), st.data())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ops.config import Config, Given, Loaded, demo, load, parse, value_of
@@ -99,14 +99,12 @@ def test_a_changed_key_stands_in_the_commented_file_and_is_read_back(name: str) 
     assert value_of(parse(text), name) == value
 
 
-@settings(deadline=None)
 @given(value=st.floats(min_value=0, exclude_min=True, max_value=1e18))
 def test_every_allowed_number_survives_being_written(value: float) -> None:
     text = resolved(Loaded(with_value("learn.lr", value), {}))
     assert parse(text).learn.lr == value
 
 
-@settings(deadline=None)
 @given(value=st.text(min_size=1).filter(str.isprintable))
 def test_every_allowed_text_survives_being_written(value: str) -> None:
     text = resolved(Loaded(with_value("storage.data_dir", value), {}))

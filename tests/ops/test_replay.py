@@ -105,7 +105,7 @@ def test_a_log_of_videos_that_the_catalogue_lacks_is_refused_by_name() -> None:
         requests_of(rows_of((1, 5, 1000, 0), (1, 17, 1001, 0), (1, 16, 1002, 0)))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.integers(0, 4000), st.sampled_from([0, 900, 9_000, 40_000, 301_000, 950_000])),

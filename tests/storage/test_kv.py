@@ -24,7 +24,7 @@ def kv(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kv]:
     made.close()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batches, keys)
 def test_both_stores_answer_alike(
     tmp_path_factory: pytest.TempPathFactory, writes: list[dict[bytes, bytes | None]], prefix: bytes

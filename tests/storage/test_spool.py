@@ -32,7 +32,7 @@ groups = st.lists(st.lists(st.binary(max_size=40), max_size=4), max_size=4)
 works = st.lists(st.one_of(groups, st.integers(0, 6), st.just("restart")), max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(works)
 def test_a_spool_is_a_bounded_list_that_is_there_again(
     tmp_path_factory: pytest.TempPathFactory, works: list[list[list[bytes]] | int | str]

@@ -75,7 +75,7 @@ def faults(logs: PartitionLogs) -> dict[str, int]:
     return {name: count for name in names if (count := getattr(found(logs), name))}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 1 << 30), st.floats(0.1, 1))
 def test_what_the_join_made_is_right_wherever_it_stands(seed: int, share: float) -> None:
     whole = len(busy_arrivals(seed)) + 1
@@ -230,7 +230,7 @@ def test_of_a_range_only_its_own_exposures_are_judged_and_repeats_belong_to_the_
     assert faults(logs) == {"lost": 1}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 1 << 30), st.integers(1, 3))
 def test_samples_forced_out_by_the_most_open_are_checked_as_they_stood(
     seed: int, most: int

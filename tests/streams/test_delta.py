@@ -35,7 +35,7 @@ def same(one: State, other: State) -> bool:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_delta_gives_the_next_state_bit_for_bit(data: st.DataObject) -> None:
     before = state_of(1)

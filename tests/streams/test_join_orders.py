@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.decision import Decision, decide
@@ -79,7 +79,7 @@ def arrivals(history: list[Request], seed: int, ticks: bool = True) -> list[Arri
     return [event for _, _, event in timed]
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=400)
 @given(histories(), st.integers(0, 1 << 30), st.sampled_from([0, 1, 2000]))
 def test_the_join_agrees_with_the_slow_reference_in_any_order_within_the_lateness(
     history: list[Request], seed: int, most_hot: int
@@ -92,7 +92,7 @@ def test_the_join_agrees_with_the_slow_reference_in_any_order_within_the_latenes
     assert {j.exposure.request: as_verdict(j.decision) for j in fed.closed} == expected
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=150)
 @given(histories(), st.integers(0, 1 << 30), st.sampled_from([0, 1, 2000]))
 def test_each_exposure_closes_exactly_once_and_nothing_stays_open(
     history: list[Request], seed: int, most_hot: int
@@ -105,7 +105,7 @@ def test_each_exposure_closes_exactly_once_and_nothing_stays_open(
     assert fed.join.needed(111, 222) == (111, 222)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=150)
 @given(histories(), st.integers(0, 1 << 30), st.integers(0, 1 << 30))
 def test_two_orders_of_arrival_give_the_same_decisions(
     history: list[Request], one: int, other: int
@@ -117,7 +117,7 @@ def test_two_orders_of_arrival_give_the_same_decisions(
     assert decisions(one) == decisions(other)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=150)
 @given(histories(), st.integers(0, 1 << 30))
 def test_no_request_closes_before_its_decision_has_passed_by_the_lateness(
     history: list[Request], seed: int
@@ -142,7 +142,7 @@ def test_no_request_closes_before_its_decision_has_passed_by_the_lateness(
         assert set(due) <= {joined.exposure.request for joined in fed.closed}
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=200)
 @given(requests("r"), st.integers(1, 400), st.integers(0, 1 << 30))
 def test_a_late_exposure_is_judged_from_its_arrival(
     request: Request, behind: int, seed: int
@@ -163,7 +163,7 @@ def test_a_late_exposure_is_judged_from_its_arrival(
     assert fed.closed[0].start_ms == start
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=200)
 @given(requests("r"), st.integers(0, 1 << 30), st.integers(0, 60))
 def test_deciding_does_not_depend_on_the_order_of_the_events(
     request: Request, seed: int, later: int
@@ -176,7 +176,7 @@ def test_deciding_does_not_depend_on_the_order_of_the_events(
     )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=150)
 @given(st.lists(requests("r"), min_size=2, max_size=2), st.integers(0, 1 << 30))
 def test_beyond_the_most_open_the_one_due_first_closes_as_it_stands(
     pair: list[Request], seed: int

@@ -45,7 +45,7 @@ def places(rng: random.Random, count: int, share: float) -> set[int]:
     return {at for at in range(1, count) if rng.random() < share}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 1 << 30))
 def test_samples_do_not_depend_on_how_the_input_is_cut_into_batches(seed: int) -> None:
     arrivals = busy_arrivals(seed)
@@ -58,7 +58,7 @@ def test_samples_do_not_depend_on_how_the_input_is_cut_into_batches(seed: int) -
         assert whole.compacted(topic) == cut.compacted(topic) == single.compacted(topic)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 1 << 30))
 def test_dying_at_any_moment_changes_no_sample(seed: int) -> None:
     """Before a commit, between commit and local state, with and without the disk."""
@@ -73,7 +73,7 @@ def test_dying_at_any_moment_changes_no_sample(seed: int) -> None:
         assert died.compacted(topic) == expected.compacted(topic)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 1 << 30))
 def test_every_sample_is_what_the_reference_says_from_the_feedback_it_names(seed: int) -> None:
     arrivals = busy_arrivals(seed)
@@ -86,7 +86,7 @@ def test_every_sample_is_what_the_reference_says_from_the_feedback_it_names(seed
         assert disagreement(sample, expected) == ""
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 1 << 30))
 def test_every_exposure_becomes_one_sample_or_was_too_late(seed: int) -> None:
     arrivals = busy_arrivals(seed)
@@ -173,7 +173,7 @@ def test_a_limit_lowered_between_two_lives_closes_by_force_and_loses_nothing() -
 
 
 @pytest.mark.parametrize("order", ["closing", "exposure"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1 << 30))
 def test_no_limit_set_at_any_restart_loses_or_doubles_a_request(
     order: Literal["closing", "exposure"], seed: int

@@ -66,7 +66,7 @@ def labels(shell: Shell) -> list[Sample]:
     ]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 1 << 30), st.integers(1, 3), st.sampled_from([ORDERED, JOIN]))
 def test_shuffled_within_the_lateness_and_repeated_it_makes_the_same_samples(
     seed: int, copies: int, join: JoinSettings
@@ -93,7 +93,7 @@ def test_beyond_the_lateness_they_may_differ() -> None:
     assert different > 10
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 1 << 30))
 def test_samples_come_in_the_order_of_their_starts(seed: int) -> None:
     shell = Shell(busy_arrivals(seed), ORDERED).run(commits=range(0, 999, 5))
@@ -102,7 +102,7 @@ def test_samples_come_in_the_order_of_their_starts(seed: int) -> None:
     assert shell.partition.join.open == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 1 << 30))
 def test_dying_at_any_moment_changes_no_sample(seed: int) -> None:
     arrivals = busy_arrivals(seed)
@@ -118,7 +118,7 @@ def test_dying_at_any_moment_changes_no_sample(seed: int) -> None:
     assert [key for key in died.compacted(SHAPING) if key.startswith(("held", "late"))] == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 1 << 30))
 def test_each_is_what_the_reference_says(seed: int) -> None:
     arrivals = busy_arrivals(seed)
