@@ -29,7 +29,7 @@ def ranges(low_N: Keys, size_N: Keys) -> Keys:
 
 def merged(own: Keys, added: Keys, removed: Keys) -> Keys:
     """Sorted keys with others added and removed."""
-    if len(own):
+    if len(own) and len(removed):
         at = np.minimum(np.searchsorted(own, removed), len(own) - 1)
         kept = np.ones(len(own), dtype=bool)
         kept[at[own[at] == removed]] = False

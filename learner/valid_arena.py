@@ -20,8 +20,7 @@ Places = NDArray[np.int32]
 _T = TypeVar("_T", np.int64, np.int32)
 
 SPARE: Final = 1.5
-"""Room of an array over what it must hold."""
-_LEAST: Final = 1024
+"""Room of an array over what it must hold, when it has become too small."""
 
 
 class Buckets(NamedTuple):
@@ -37,25 +36,37 @@ class Buckets(NamedTuple):
     leaves_T: Keys
     """How many they are."""
 
+    def replaced(self, own: Keys, block: "Buckets") -> "Buckets":
+        """The table with these rows, ascending, replaced by those of `block`; codes may come and go."""
+        if np.array_equal(self.code_T[own], block.code_T):
+            parts = tuple(part.copy() for part in self)
+            for part, new in zip(parts, block, strict=True):
+                part[own] = new
+            return Buckets(*parts)
+        kept = Buckets(*(np.delete(part, own) for part in self))
+        at = np.searchsorted(kept.code_T, block.code_T)
+        return Buckets(*(np.insert(part, at, new) for part, new in zip(kept, block, strict=True)))
+
 
 class Arena:
     """Leaves and second-level nodes; one writer."""
 
-    def __init__(self) -> None:
-        self.leaf_key = np.empty(_LEAST, dtype=np.int64)
-        self.node_key = np.empty(_LEAST, dtype=np.int64)
-        self.node_leaf: Places = np.empty(_LEAST, dtype=np.int32)
+    def __init__(self, room: int) -> None:
+        """`room` is for so many leaves, and takes no memory before they come."""
+        self.leaf_key = np.empty(room, dtype=np.int64)
+        self.node_key = np.empty(room, dtype=np.int64)
+        self.node_leaf: Places = np.empty(room, dtype=np.int32)
         """Where a node's leaves begin."""
-        self.node_leaves: Places = np.empty(_LEAST, dtype=np.int32)
+        self.node_leaves: Places = np.empty(room, dtype=np.int32)
         """How many they are."""
         self.leaves = self.nodes = 0
         """How much is used."""
 
     @property
     def nbytes(self) -> int:
-        """Memory of the arrays."""
-        arrays = (self.leaf_key, self.node_key, self.node_leaf, self.node_leaves)
-        return sum(array.nbytes for array in arrays)
+        """Memory of what is used."""
+        nodes = (self.node_key, self.node_leaf, self.node_leaves)
+        return self.leaves * self.leaf_key.itemsize + self.nodes * sum(of.itemsize for of in nodes)
 
     def add(self, keys: Keys, codes: int) -> Buckets:
         """Write whole buckets: the sorted keys of all their leaves. Returns their table."""

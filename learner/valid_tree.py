@@ -85,18 +85,18 @@ class Exclusions:
 class Tree:
     """The live leaves of one catalogue version; immutable."""
 
-    def __init__(self, codes: int, leaves: Keys) -> None:
-        """`leaves` must be sorted and without repeats."""
+    def __init__(self, codes: int, leaves: Keys, room: int = 0) -> None:
+        """`leaves` must be sorted and without repeats; `room` is for so many, those of later versions among them."""
         self.codes: Final = codes
-        self._arena = Arena()
+        self._arena = Arena(max(room, len(leaves)))
         self._take(self._arena.add(leaves, codes))
 
     def _take(self, table: Buckets) -> None:
         """These buckets are the tree."""
         self._table = table
         self._count = int(table.leaves_T.sum())
-        self._before_T = table.leaves_T.cumsum() - table.leaves_T
         self._leaves: Keys | None = None
+        self._before_T: Keys | None = None
 
     def __len__(self) -> int:
         return self._count
@@ -116,8 +116,9 @@ class Tree:
 
     def key_at(self, rank: int) -> int:
         """The key of the leaf before which so many others stand."""
-        bucket = int(np.searchsorted(self._before_T, rank, side="right")) - 1
-        return int(self._arena.leaf_key[self._table.leaf_T[bucket] + rank - self._before_T[bucket]])
+        before_T = self._before()
+        bucket = int(np.searchsorted(before_T, rank, side="right")) - 1
+        return int(self._arena.leaf_key[self._table.leaf_T[bucket] + rank - before_T[bucket]])
 
     def ranks_of(self, keys_n: Keys) -> Keys:
         """How many leaves stand before each of these; -1 for what is not a live leaf."""
@@ -125,8 +126,14 @@ class Tree:
         lives = leaf_n >= 0
         ranks_n = np.full_like(keys_n, -1)
         top = top_n[lives]
-        ranks_n[lives] = self._before_T[top] + leaf_n[lives] - self._table.leaf_T[top]
+        ranks_n[lives] = self._before()[top] + leaf_n[lives] - self._table.leaf_T[top]
         return ranks_n
+
+    def _before(self) -> Keys:
+        """How many leaves stand before each bucket."""
+        if self._before_T is None:
+            self._before_T = self._table.leaves_T.cumsum() - self._table.leaves_T
+        return self._before_T
 
     def changed(self, added: Keys, removed: Keys) -> Self:
         """The tree with leaves added and removed (distinct keys; what is there or missing already is no change).
@@ -135,19 +142,16 @@ class Tree:
         """
         table = self._table
         touched = np.unique(np.concatenate([added, removed]) // self.codes**2)
-        own = np.isin(table.code_T, touched, assume_unique=True)
+        at, until = (np.searchsorted(table.code_T, touched, side) for side in ("left", "right"))
+        own = at[at < until]
         written = int(table.leaves_T[own].sum()) + len(added)
-        if (
-            written * PART > self._count
-            or self._arena.leaves + written > WASTE * self._count + SLACK
-        ):
-            return type(self)(self.codes, merged(self.leaves(), added, removed))
-        there = self._arena.leaf_key[ranges(table.leaf_T[own], table.leaves_T[own])]
-        block = self._arena.add(merged(there, added, removed), self.codes)
-        parts = [np.concatenate([old[~own], new]) for old, new in zip(table, block, strict=True)]
-        order = np.argsort(parts[0], kind="stable")
+        room = WASTE * self._count + SLACK
+        if written * PART > self._count or self._arena.leaves + written > room:
+            return type(self)(self.codes, merged(self.leaves(), added, removed), room)
+        leaves = self._arena.leaf_key[ranges(table.leaf_T[own], table.leaves_T[own])]
+        block = self._arena.add(merged(leaves, added, removed), self.codes)
         tree = copy(self)
-        tree._take(Buckets(*(part[order] for part in parts)))
+        tree._take(table.replaced(own, block))
         return tree
 
     def locate(self, excluded: Sequence[Keys]) -> Exclusions:

@@ -3,6 +3,8 @@
 Notable choices
 - Every dense value moves at each version, as under AdamW, and of the user table the rows of the requests that a
   version learned from (100 requests/s, 5 versions/s). Sizes and times of a version depend on what moved, not on why.
+- How far values move is drawn beforehand, and taken from another place at each version: drawing millions of numbers
+  would take longer than publishing them.
 - Versions are published by the learner's own publisher, with checkpoints left out: they are the learner's time, not
   the transport's.
 """
@@ -33,6 +35,7 @@ from streams.weights_log import version_at
 REQUESTS_PER_S: Final = 100
 VERSIONS_PER_S: Final = 5
 MOVE: Final = np.float32(1e-3)
+PLACES: Final = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Moving:
     def __init__(self, state: State, seed: int) -> None:
         self.state = state
         self._rng = np.random.default_rng(seed)
+        dense = [value.size for name, value in state.items() if name != USERS]
+        self._moves = MOVE * self._rng.standard_normal(max(dense) + PLACES, np.float32)
 
     def step(self) -> State:
         """The next version's state; the arrays are the same."""
@@ -67,7 +72,8 @@ class Moving:
                 rows = self._rng.integers(len(value), size=REQUESTS_PER_S // VERSIONS_PER_S)
                 value[rows] += MOVE * self._rng.standard_normal(value.shape[1], np.float32)
             else:
-                value += MOVE * self._rng.standard_normal(value.shape, np.float32)
+                first = self._rng.integers(PLACES)
+                value += self._moves[first : first + value.size].reshape(value.shape)
         return self.state
 
 
