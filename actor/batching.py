@@ -1,8 +1,10 @@
 """Requests that wait while the policy is busy are decoded together.
 
 There is no waiting for a batch to fill: one decode runs at a time, in a thread, and the next takes what has come
-meanwhile. Requests of different arms, or of different trees (the catalogue moved), are decoded apart. A decode that
-fails is the failure of its own requests; one whose request was given up in the meantime is nobody's.
+meanwhile. What the requests' arms serve is asked when their decode begins: whoever waited while a version came is
+drawn by that one, together with those who came after, for two batches take longer than one of both. Requests of
+different versions, or of different trees (the catalogue moved), are decoded apart. A decode that fails is the failure
+of its own requests; one whose request was given up in the meantime is nobody's.
 """
 
 import asyncio
@@ -34,13 +36,16 @@ class _Waiting:
 
 
 Decode = Callable[[ServedPolicy, list[Prepared]], Slates]
+Newest = Callable[[ServedPolicy, Prepared], ServedPolicy]
+"""The version that draws a request which came with this one."""
 
 
 class Batcher:
     """Runs `decode` on what waits; `run` until cancelled."""
 
-    def __init__(self, decode: Decode, max_batch: int) -> None:
+    def __init__(self, decode: Decode, max_batch: int, newest: Newest) -> None:
         self._decode = decode
+        self._newest = newest
         self._max_batch = max_batch
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         # torch tells a thread how many it may use when that first asks; till then a product takes every core.
@@ -52,7 +57,7 @@ class Batcher:
         return self._queue.qsize()
 
     async def draw(self, policy: ServedPolicy, prepared: Prepared) -> Drawn:
-        """The request's slate, drawn by the version it came with."""
+        """The request's slate, drawn by the version it came with or one that has come since."""
         answer: asyncio.Future[Drawn] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Waiting(policy, prepared, answer))
         return await answer
@@ -64,12 +69,14 @@ class Batcher:
                 waiting = [await self._queue.get()]
                 while len(waiting) < self._max_batch and not self._queue.empty():
                     waiting.append(self._queue.get_nowait())
-                groups: dict[tuple[int, int], list[_Waiting]] = {}
+                groups: dict[tuple[int, int], tuple[ServedPolicy, list[_Waiting]]] = {}
                 for one in waiting:
-                    groups.setdefault((id(one.policy), id(one.prepared.tree)), []).append(one)
+                    policy = self._newest(one.policy, one.prepared)
+                    key = id(policy), id(one.prepared.tree)
+                    groups.setdefault(key, (policy, []))[1].append(one)
                 try:
-                    for group in groups.values():
-                        await self._serve(group)
+                    for policy, group in groups.values():
+                        await self._serve(policy, group)
                 finally:  # nothing is left here unless this task was cancelled
                     for one in waiting:
                         one.answer.cancel()
@@ -78,7 +85,7 @@ class Batcher:
                 self._queue.get_nowait().answer.cancel()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _serve(self, group: list[_Waiting]) -> None:
+    async def _serve(self, policy: ServedPolicy, group: list[_Waiting]) -> None:
         """Decode one group, and answer those who still wait."""
         group = [one for one in group if not one.answer.done()]
         if not group:
@@ -86,9 +93,7 @@ class Batcher:
         prepared = [one.prepared for one in group]
         loop = asyncio.get_running_loop()
         try:
-            slates = await loop.run_in_executor(
-                self._thread, self._decode, group[0].policy, prepared
-            )
+            slates = await loop.run_in_executor(self._thread, self._decode, policy, prepared)
         except Exception as error:
             for one in group:
                 if not one.answer.done():
@@ -96,4 +101,4 @@ class Batcher:
             return
         for row, one in enumerate(group):
             if not one.answer.done():
-                one.answer.set_result(Drawn(one.policy, slates, row))
+                one.answer.set_result(Drawn(policy, slates, row))

@@ -1,7 +1,7 @@
 """What each arm serves: version and weights behind one pointer.
 
-A request reads its arm's pointer once and finishes on what it found, so an answer is of one version, and a swap
-pauses nobody (invariant 2 of the design).
+A request is drawn by what its arm's pointer is when its decode begins, whole, so an answer is of one version, and a
+swap pauses nobody (invariant 2 of the design).
 """
 
 from dataclasses import dataclass

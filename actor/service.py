@@ -59,6 +59,14 @@ class BusyError(RuntimeError):
     """More requests wait than are worth keeping waiting; the message says how many."""
 
 
+class BrokenPolicyError(RuntimeError):
+    """A version that cannot be drawn from; the message says why."""
+
+    def __init__(self, policy: ServedPolicy, why: str) -> None:
+        super().__init__(why)
+        self.policy = policy
+
+
 class FeedbackLike(Protocol):
     """A feedback event as it comes in over HTTP."""
 
@@ -97,7 +105,7 @@ class Service:
             raise ServiceError(f"actor.trusted_key: {error}") from None
         held = self._arms, self._catalogue, self._users
         self._ties = Ties(name, kafka, settings, data_dir, *held, trusted)
-        self._batcher = Batcher(self._decode, settings.max_batch)
+        self._batcher = Batcher(self._decode, settings.max_batch, self._newest)
         torch.set_num_threads(policy.threads)
 
     @asynccontextmanager
@@ -196,12 +204,13 @@ class Service:
             FALLBACKS.inc()
             now_ms = int(time.time() * 1000)
             return fall_back(policy, prepared, self._catalogue, temperature, self._rng, now_ms)
-        except NotFiniteError as error:
+        except BrokenPolicyError as error:
             FALLBACKS.inc()
-            log.warning("version %d: %s", policy.version, error)
-            self._ties.returning.broken(prepared.arm, policy.version, str(error))
+            broken = error.policy
+            log.warning("version %d: %s", broken.version, error)
+            self._ties.returning.broken(prepared.arm, broken.version, str(error))
             now_ms = int(time.time() * 1000)
-            return fall_back(policy, prepared, self._catalogue, temperature, self._rng, now_ms)
+            return fall_back(broken, prepared, self._catalogue, temperature, self._rng, now_ms)
         return expose(
             drawn.policy,
             prepared,
@@ -247,4 +256,12 @@ class Service:
 
     def _decode(self, policy: ServedPolicy, batch: list[Prepared]) -> Slates:
         seed = int(self._rng.integers(SEEDS))
-        return decode(policy, batch, self.settings.temperature, seed)
+        try:
+            return decode(policy, batch, self.settings.temperature, seed)
+        except NotFiniteError as error:
+            raise BrokenPolicyError(policy, str(error)) from None
+
+    def _newest(self, policy: ServedPolicy, prepared: Prepared) -> ServedPolicy:
+        """What the request's arm serves now, where that reads contexts as the version that the request came with."""
+        now = self._arms.served(prepared.arm)
+        return now if now is not None and now.shape == policy.shape else policy

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from actor.batching import Batcher
+from actor.batching import Batcher, Newest
 from actor.policy import ServedPolicy
 from actor.recommend import Prepared
 from actor.sampling import Slates
@@ -25,6 +25,11 @@ def policy(version: int) -> ServedPolicy:
 
 def asked(request: str, tree: Tree = TREE) -> Prepared:
     return Prepared(request, "u", "learning", 1, b"", tree, 0, cast(Any, None), frozenset())
+
+
+def unmoved(served: ServedPolicy, _: Prepared) -> ServedPolicy:
+    """No version comes meanwhile."""
+    return served
 
 
 class Decoder:
@@ -58,8 +63,10 @@ class Decoder:
 
 
 @asynccontextmanager
-async def running(decoder: Decoder, max_batch: int = 64) -> AsyncIterator[Batcher]:
-    batcher = Batcher(decoder, max_batch)
+async def running(
+    decoder: Decoder, max_batch: int = 64, newest: Newest = unmoved
+) -> AsyncIterator[Batcher]:
+    batcher = Batcher(decoder, max_batch, newest)
     task = asyncio.create_task(batcher.run())
     try:
         yield batcher
@@ -138,6 +145,31 @@ async def test_versions_and_trees_are_decoded_apart() -> None:
     assert decoder.batches[1:] == [(1, ["a", "e"]), (2, ["b", "d"]), (1, ["c"])]
 
 
+async def test_who_waits_while_a_version_comes_is_drawn_by_it_with_those_who_come_after() -> None:
+    decoder, old, new, other = Decoder(), policy(1), policy(2), policy(7)
+    serves = {1: old}
+
+    def newest(served: ServedPolicy, _: Prepared) -> ServedPolicy:
+        return serves.get(served.version, served)
+
+    async with running(decoder, newest=newest) as batcher:
+        with decoder.held():
+            first = asyncio.create_task(batcher.draw(old, asked("r0")))
+            await waits(decoder)
+            rest = [asyncio.create_task(batcher.draw(old, asked("a")))]
+            await asyncio.sleep(0.01)
+            serves[1] = new
+            rest += [
+                asyncio.create_task(batcher.draw(served, asked(name)))
+                for served, name in [(other, "b"), (new, "c")]
+            ]
+            await asyncio.sleep(0.01)
+        assert (await first).policy is old, "its decode had begun"
+        answers = await asyncio.gather(*rest)
+    assert [answer.policy for answer in answers] == [new, other, new]
+    assert decoder.batches == [(1, ["r0"]), (2, ["a", "c"]), (7, ["b"])]
+
+
 async def test_a_failure_reaches_its_own_batch_only() -> None:
     decoder, old, new = Decoder(), policy(1), policy(2)
     decoder.fails_on = "bad"
@@ -188,7 +220,7 @@ async def test_a_request_given_up_while_it_waits_is_not_decoded() -> None:
 
 async def test_nobody_waits_for_a_batcher_that_has_ended() -> None:
     decoder, one = Decoder(), policy(1)
-    batcher = Batcher(decoder, 1)
+    batcher = Batcher(decoder, 1, unmoved)
     task = asyncio.create_task(batcher.run())
     with decoder.held():
         waiting = [asyncio.create_task(drawn(batcher, one, asked(f"r{n}"))) for n in range(3)]

@@ -14,7 +14,7 @@ from actor.batching import Batcher
 from actor.policy import ServedPolicy
 from actor.recommend import Prepared
 from actor.sampling import Slates
-from tests.actor.test_batching import asked, policy
+from tests.actor.test_batching import asked, policy, unmoved
 from tests.learner.makers import SMALL, random_model
 
 THREADS = 3
@@ -42,7 +42,7 @@ async def test_the_thread_that_decodes_keeps_to_the_threads_set(threads: int) ->
         seen.append(of_products())
         return cast(Slates, None)
 
-    batcher = Batcher(decode, 1)
+    batcher = Batcher(decode, 1, unmoved)
     running = asyncio.create_task(batcher.run())
     await batcher.draw(policy(1), asked("r"))
     running.cancel()
