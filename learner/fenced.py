@@ -19,6 +19,7 @@ from kafka import KafkaProducer
 from kafka.errors import InvalidProducerEpochError, KafkaError, ProducerFencedError
 
 from streams.clients import producer
+from streams.topics import TRANSACTION_MS
 
 TRANSACTIONAL_ID = "dwell-learner"
 OPEN_S = 20
@@ -38,6 +39,7 @@ class Fenced:
         self._client: KafkaProducer = producer(
             bootstrap,
             transactional_id=TRANSACTIONAL_ID,
+            transaction_timeout_ms=TRANSACTION_MS,
             max_request_size=1 << 20,
             linger_ms=0,
             max_block_ms=OPEN_S * 1000,

@@ -41,6 +41,7 @@ from streams.topics import (
     FEEDBACK,
     LATE_FEEDBACK,
     STREAMS_GROUP,
+    TRANSACTION_MS,
 )
 
 log = logging.getLogger("dwell.streams")
@@ -106,6 +107,7 @@ class PartitionProcessor:
         producer = AIOKafkaProducer(
             bootstrap_servers=self._kafka.bootstrap,
             transactional_id=transactional_id(self._number),
+            transaction_timeout_ms=TRANSACTION_MS,
             linger_ms=0,
             max_batch_size=1 << 19,
         )

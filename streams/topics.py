@@ -29,6 +29,10 @@ STREAMS_GROUP: Final = "dwell-streams"
 
 MAX_MESSAGE_BYTES: Final = 1_000_000
 
+TRANSACTION_MS: Final = 600_000
+"""A transaction may be open for so long, the broker's absence included: who has one open when that goes would else be
+fenced when it is back. A successor ends its predecessor's at once, whatever this is. Brokers allow 900,000."""
+
 
 @dataclass(frozen=True)
 class Topic:

@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from streams.decision import NEVER
 from streams.events import Exposure, History, Sample, encode
 from streams.intake import MAX_EVENT_BYTES, partition_of
 from streams.partition import OffsetNote
+from streams.processor import transactional_id
 from streams.readback import LogGapError, OwnershipLostError, Standing, StreamsError, standing
 from streams.settings import JoinSettings, KafkaSettings, StreamsSettings
 from streams.state import CHANGELOGS, LogRecord, PartitionState
@@ -215,6 +217,22 @@ async def test_open_requests_survive_whatever_the_timestamps_of_their_records(
             found = await sampled(kafka, partition, 7)
     assert counted(found) == dict.fromkeys([*(e.request for e in events), "done"], 1)
     assert [sample.exposure_offset for sample in found[1:]] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_transaction_that_is_open_when_the_broker_goes_outlasts_its_absence(
+    kafka: KafkaSettings, partition: int, users: list[str], tmp_path: Path
+) -> None:
+    arrivals = busy(8, users, requests=4)
+    async with writer(kafka) as producer, running(kafka, partition, tmp_path):
+        await write(producer, partition, arrivals)
+        await sampled(kafka, partition, 1)
+
+        def described() -> int:
+            name = transactional_id(partition)
+            with closing(KafkaAdminClient(bootstrap_servers=kafka.bootstrap)) as admin:
+                return int(admin.describe_transactions([name])[name].transaction_timeout_ms)
+
+        assert await asyncio.to_thread(described) >= 600_000
 
 
 async def test_what_cannot_be_used_becomes_a_dead_letter_and_the_next_record_is_unharmed(
