@@ -89,7 +89,7 @@ class LazyDecoder(TargetSide):
         """A decoder of its own modules around other parameters and buffers, by name, and without tables; what is not
         named is shared.
 
-        A fifth of the time that `deepcopy` and `load_state_dict` take, all of which holds the interpreter.
+        Half a millisecond of the interpreter's time, where `deepcopy` and `load_state_dict` take six.
         """
         twin = around(self, values)
         assert isinstance(twin, LazyDecoder)

@@ -8,8 +8,6 @@ Notable choices
   its own version: alive at v means born <= v < died.
 - `prune` costs what it forgets: the rows of forgotten stays are taken by later births. So there are never more rows
   than items lived and stays ended since the oldest version kept, at the worst moment (docs/catalogue.md).
-- Births of items that were never seen are noted and entered together, in a few calls for all of them, as soon as
-  somebody asks: thousands of new items come at once, and serving waits for whoever holds the interpreter.
 - What lives at one version is a `Tree` (learner/valid_tree.py), which may be shared between threads.
   The last version's is made from the one before, at the cost of what changed; an earlier one's from
   all stays. The index itself has one writer and one thread.
@@ -18,7 +16,6 @@ Notable choices
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Collection
-from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -63,10 +60,6 @@ class ValidIds:
         self._newest: Tree | None = None
         self._pending: dict[int, bool] = {}
         """Leaves touched since the newest tree, and whether they live."""
-        self._births: dict[str, int] = {}
-        """Leaves of items that are not entered yet, none of which has a row."""
-        self._births_at = array("q")
-        """Their versions."""
 
     def upsert(self, version: int, item: str, sid: SemanticId) -> None:
         """Apply one upsert: the item has this semantic ID from `version` on.
@@ -79,23 +72,17 @@ class ValidIds:
             raise ValueError(f"item {item!r} has semantic ID {sid}, outside 0..{self.codes - 1}")
         self.advance(version)
         key = (c1 * self.codes + c2) * self.codes + c3
-        if item not in self._rows_of_item and item not in self._births:
-            self._births[item] = key
-            self._births_at.append(version)
-        else:
-            self._enter()
-            row = self._live_row(item)
-            if row is not None:
-                if self._key[row] == key:
-                    return
-                self._die(row, version)
-            self._append(item, key, version, FOREVER)
+        row = self._live_row(item)
+        if row is not None:
+            if self._key[row] == key:
+                return
+            self._die(row, version)
+        self._append(item, key, version, FOREVER)
         self._changed(version, key, True)
 
     def delete(self, version: int, item: str) -> None:
         """Apply one tombstone; an item that does not live only advances the version."""
         self.advance(version)
-        self._enter()
         row = self._live_row(item)
         if row is not None:
             self._die(row, version)
@@ -201,7 +188,6 @@ class ValidIds:
 
     def to_tensors(self) -> dict[str, NDArray[Any]]:
         """The whole index as arrays, for a checkpoint."""
-        self._enter()
         kept = [row for row, died in enumerate(self._died) if died != FORGOTTEN]
         names = [self._item[row].encode() for row in kept]
         stays = np.array([self._key, self._born, self._died], dtype=np.int64)[:, kept]
@@ -230,27 +216,7 @@ class ValidIds:
     @property
     def rows(self) -> int:
         """Items that live, and stays that ended and are not forgotten."""
-        self._enter()
         return len(self._item) - len(self._free)
-
-    def _enter(self) -> None:
-        """Give rows to what was born and has none yet; before anything is asked or told of rows."""
-        if not self._births:
-            return
-        births, at = self._births, self._births_at
-        self._births, self._births_at = {}, array("q")
-        reused = min(len(self._free), len(births))
-        for (item, key), born in islice(zip(births.items(), at, strict=True), reused):
-            self._append(item, key, born, FOREVER)
-        items, keys = list(births)[reused:], list(births.values())[reused:]
-        first = len(self._item)
-        self._item.extend(items)
-        self._key.extend(keys)
-        self._born.extend(at[reused:])
-        self._died.extend(array("q", [FOREVER]) * len(items))
-        for row, (item, key) in enumerate(zip(items, keys, strict=True), first):
-            self._rows_of_item[item] = [row]
-            self._rows_of_key.setdefault(key, []).append(row)
 
     def _die(self, row: int, version: int) -> None:
         self._died[row] = version
@@ -266,8 +232,6 @@ class ValidIds:
         self._pending[key] = lives
 
     def _check(self, version: int) -> None:
-        """Before every question: whether it can be answered."""
-        self._enter()
         if version < self.oldest:
             raise UnknownVersionError(
                 f"catalogue version {version} is pruned, the oldest kept is {self.oldest}"

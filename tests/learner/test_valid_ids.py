@@ -371,31 +371,6 @@ def test_a_version_asked_for_as_it_comes_is_the_one_asked_for_later(
         assert found == sorted({key(one) for one in state.values()})
 
 
-@given(operations, st.data())
-def test_births_that_are_not_asked_about_are_the_same_as_births_one_by_one(
-    ops: list[Op], data: st.DataObject
-) -> None:
-    together, single = ValidIds(CODES), ValidIds(CODES)
-    for version, (item, to) in enumerate(ops):
-        for index in (together, single):
-            index.upsert(version, item, to) if to is not None else index.delete(version, item)
-        single.tree(version)
-        pruned = data.draw(st.integers(-1, version))
-        for index in (together, single):
-            index.prune(pruned)
-        if not data.draw(st.booleans()):
-            continue
-        for at in range(max(0, single.oldest), version + 1):
-            assert together.tree(at).leaves().tolist() == single.tree(at).leaves().tolist()
-            for item, _ in ops:
-                assert together.sid_of(item, at) == single.sid_of(item, at)
-    assert together.rows == single.rows
-    mine, theirs = together.to_tensors(), single.to_tensors()
-    assert sorted(mine["valid_ids.stays"].T.tolist()) == sorted(
-        theirs["valid_ids.stays"].T.tolist()
-    )
-
-
 @given(operations, st.sets(st.tuples(code, code, code)), st.data())
 def test_children_are_the_mask_as_a_list_also_of_prefixes_asked_for_twice(
     ops: list[Op], gone: set[SemanticId], data: st.DataObject
