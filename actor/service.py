@@ -201,26 +201,25 @@ class Service:
             async with asyncio.timeout(self.settings.patience_s):
                 drawn = await self._batcher.draw(policy, prepared)
         except TimeoutError:
-            FALLBACKS.inc()
-            now_ms = int(time.time() * 1000)
-            return fall_back(policy, prepared, self._catalogue, temperature, self._rng, now_ms)
+            pass
         except BrokenPolicyError as error:
-            FALLBACKS.inc()
-            broken = error.policy
-            log.warning("version %d: %s", broken.version, error)
-            self._ties.returning.broken(prepared.arm, broken.version, str(error))
-            now_ms = int(time.time() * 1000)
-            return fall_back(broken, prepared, self._catalogue, temperature, self._rng, now_ms)
-        return expose(
-            drawn.policy,
-            prepared,
-            drawn.row,
-            drawn.slates,
-            self._catalogue,
-            temperature,
-            self._rng,
-            int(time.time() * 1000),
-        )
+            policy = error.policy
+            log.warning("version %d: %s", policy.version, error)
+            self._ties.returning.broken(prepared.arm, policy.version, str(error))
+        else:
+            return expose(
+                drawn.policy,
+                prepared,
+                drawn.row,
+                drawn.slates,
+                self._catalogue,
+                temperature,
+                self._rng,
+                int(time.time() * 1000),
+            )
+        FALLBACKS.inc()
+        now_ms = int(time.time() * 1000)
+        return fall_back(policy, prepared, self._catalogue, temperature, self._rng, now_ms)
 
     async def feedback(self, events: Sequence[FeedbackLike], received_ms: int) -> int:
         """Take feedback; it is durable when this returns. Raises as `Outgoing.send` does."""

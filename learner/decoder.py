@@ -91,7 +91,7 @@ class LazyDecoder(TargetSide):
 
         Half a millisecond of the interpreter's time, where `deepcopy` and `load_state_dict` take six.
         """
-        twin = around(self, values)
+        twin = _around(self, values)
         assert isinstance(twin, LazyDecoder)
         twin._tables = None
         return twin
@@ -141,7 +141,7 @@ class LazyDecoder(TargetSide):
                 block.experts.balance()
 
 
-def around(module: nn.Module, values: dict[str, Tensor], prefix: str = "") -> nn.Module:
+def _around(module: nn.Module, values: dict[str, Tensor], prefix: str = "") -> nn.Module:
     """A module like this, and all below it, with the `values` of those names in place of its own."""
     made = copy(module)
     made._parameters = {
@@ -154,7 +154,7 @@ def around(module: nn.Module, values: dict[str, Tensor], prefix: str = "") -> nn
         name: values.get(prefix + name, value) for name, value in module._buffers.items()
     }
     made._modules = {
-        name: None if below is None else around(below, values, f"{prefix}{name}.")
+        name: None if below is None else _around(below, values, f"{prefix}{name}.")
         for name, below in module._modules.items()
     }
     return made

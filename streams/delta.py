@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from streams.blocks import BLOCK_BYTES, Blocked, BlockState, State, in_one_piece, pieces
+from streams.blocks import BLOCK_BYTES, Blocked, BlockState, Bytes, State, in_one_piece, pieces
 
 WHOLE: Final = "whole"
 ROWS: Final = "rows"
@@ -42,9 +42,9 @@ def changes(base: BlockState, state: State) -> tuple[dict[str, NDArray[Any]], Bl
         before = base[name]
         if (before.dtype, before.shape) != (array.dtype, array.shape):
             raise DeltaError(f"{name} was {before.dtype} {before.shape}")
-        differing = _differing(before, array)
-        touched = dict(enumerate(pieces(array)))
-        following[name] = before.with_blocks({place: touched[place].copy() for place in differing})
+        parts = list(pieces(array))
+        differing = _differing(before, parts)
+        following[name] = before.with_blocks({place: parts[place].copy() for place in differing})
         if differing:
             content |= _carried(name, array, differing)
     return content, following
@@ -77,12 +77,12 @@ def applied(base: BlockState, content: Mapping[str, NDArray[Any]]) -> BlockState
     return following
 
 
-def _differing(before: Blocked, array: NDArray[Any]) -> dict[int, NDArray[np.bool_]]:
+def _differing(before: Blocked, parts: list[Bytes]) -> dict[int, NDArray[np.bool_]]:
     """Of the blocks that differ, which values do; in ascending order."""
-    bits = np.dtype(f"u{array.dtype.itemsize}")
+    bits = np.dtype(f"u{before.dtype.itemsize}")
     found = {}
-    for place, (piece, block) in enumerate(zip(pieces(array), before.blocks, strict=True)):
-        differs = piece.view(bits) != block.view(bits)
+    for place, (part, block) in enumerate(zip(parts, before.blocks, strict=True)):
+        differs = part.view(bits) != block.view(bits)
         if differs.any():
             found[place] = differs
     return found

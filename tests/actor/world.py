@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer, TopicPartition
 
 from actor.api import application
 from actor.service import Service
@@ -20,7 +20,7 @@ from learner.decoder import LazyDecoder
 from learner.policy import build, load_state, state_of
 from learner.settings import PolicySettings
 from streams.blocks import State, blocked_state, digest_of
-from streams.clients import producer, records
+from streams.clients import consumer, producer, records
 from streams.control import DEFAULT_SHARES, arm_of
 from streams.delta import changes
 from streams.events import (
@@ -77,8 +77,7 @@ class World:
         places += [TopicPartition(at, 0) for at in (CATALOGUE, CONTROL, WEIGHTS, WEIGHTS_ANCHORS)]
         ends = []
         for isolation in ("read_committed", "read_uncommitted"):
-            of = {"bootstrap_servers": self.kafka.bootstrap, "isolation_level": isolation}
-            with closing(KafkaConsumer(**of)) as client:
+            with closing(consumer(self.kafka.bootstrap, isolation)) as client:
                 ends.append(client.end_offsets(places))
         return bool(ends[0] == ends[1])
 
