@@ -5,10 +5,10 @@ Notable choices
   them. A change of the catalogue writes the buckets that it touches anew, at the end; the buckets of older trees stay
   where they are, so that a tree never changes under its reader and a new one costs a bucket and a small table.
 - Rows are places in these arrays, so they mean the same in every tree that shares them.
-- When an array is full it is copied into one half as large again; readers may go on in the old one.
+- An arena does not grow: who finds it full writes the tree into another, once, and readers may go on in this one.
 """
 
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,6 @@ from numpy.typing import NDArray
 from learner.sorted_keys import Keys, run_starts
 
 Places = NDArray[np.int32]
-
-_T = TypeVar("_T", np.int64, np.int32)
-
-SPARE: Final = 1.5
-"""Room of an array over what it must hold, when it has become too small."""
 
 
 class Buckets(NamedTuple):
@@ -53,6 +48,7 @@ class Arena:
 
     def __init__(self, room: int) -> None:
         """`room` is for so many leaves, and takes no memory before they come."""
+        self.room: Final = room
         self.leaf_key = np.empty(room, dtype=np.int64)
         self.node_key = np.empty(room, dtype=np.int64)
         self.node_leaf: Places = np.empty(room, dtype=np.int32)
@@ -69,14 +65,15 @@ class Arena:
         return self.leaves * self.leaf_key.itemsize + self.nodes * sum(of.itemsize for of in nodes)
 
     def add(self, keys: Keys, codes: int) -> Buckets:
-        """Write whole buckets: the sorted keys of all their leaves. Returns their table."""
+        """Write whole buckets: the sorted keys of all their leaves, for which there is room. Returns their table."""
         upper = keys // codes
         starts = run_starts(upper)
         node_key = upper[starts]
         top = node_key // codes
         top_starts = run_starts(top)
         leaf_0, node_0 = self.leaves, self.nodes
-        self._room(len(keys), len(starts))
+        self.leaves += len(keys)
+        self.nodes += len(starts)
         self.leaf_key[leaf_0 : self.leaves] = keys
         self.node_key[node_0 : self.nodes] = node_key
         self.node_leaf[node_0 : self.nodes] = starts + leaf_0
@@ -89,24 +86,3 @@ class Arena:
             leaf_T + leaf_0,
             np.diff(leaf_T, append=len(keys)),
         )
-
-    def _room(self, leaves: int, nodes: int) -> None:
-        """Make the arrays as long as they must be, and count what will be used."""
-        self.leaves += leaves
-        self.nodes += nodes
-        if self.leaves > len(self.leaf_key):
-            self.leaf_key = _longer(self.leaf_key, self.leaves)
-        if self.nodes > len(self.node_key):
-            # All three first, and only then in their places: a reader takes one after the other.
-            key, leaf, leaves_of = (
-                _longer(self.node_key, self.nodes),
-                _longer(self.node_leaf, self.nodes),
-                _longer(self.node_leaves, self.nodes),
-            )
-            self.node_key, self.node_leaf, self.node_leaves = key, leaf, leaves_of
-
-
-def _longer(array: NDArray[_T], length: int) -> NDArray[_T]:
-    copy = np.empty(int(length * SPARE), dtype=array.dtype)
-    copy[: len(array)] = array
-    return copy

@@ -145,8 +145,8 @@ class Tree:
         at, until = (np.searchsorted(table.code_T, touched, side) for side in ("left", "right"))
         own = at[at < until]
         written = int(table.leaves_T[own].sum()) + len(added)
-        room = WASTE * self._count + SLACK
-        if written * PART > self._count or self._arena.leaves + written > room:
+        if written * PART > self._count or self._arena.leaves + written > self._arena.room:
+            room = WASTE * (self._count + len(added)) + SLACK
             return type(self)(self.codes, merged(self.leaves(), added, removed), room)
         leaves = self._arena.leaf_key[ranges(table.leaf_T[own], table.leaves_T[own])]
         block = self._arena.add(merged(leaves, added, removed), self.codes)

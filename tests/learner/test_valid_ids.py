@@ -340,17 +340,26 @@ def test_a_changed_tree_is_the_tree_of_its_leaves_and_those_before_it_stay(
 
 
 def test_an_arena_that_is_mostly_waste_is_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    leaves = np.arange(0, 4000, 2)
-    tree = Tree(16, leaves)
-    most = tree.nbytes
+    monkeypatch.setattr("learner.valid_tree.SLACK", 1 << 10)
+    tree = Tree(16, np.arange(0, 4000, 2))
+    first = most = tree.nbytes
     for turn in range(2_000):
         odd = np.array([2 * turn + 1])
         tree = tree.changed(odd, odd - 1)
+        most = max(most, tree.nbytes)
     assert tree.leaves().tolist() == list(range(1, 4000, 2))
-    monkeypatch.setattr("learner.valid_tree.SLACK", 1 << 10)
-    tree = tree.changed(np.array([0]), np.array([1]))
-    assert tree.leaves().tolist() == [0, *range(3, 4000, 2)]
-    assert tree.nbytes < 2 * most
+    assert most < 3 * first
+
+
+def test_an_arena_does_not_grow_before_it_is_left() -> None:
+    tree = Tree(16, np.arange(0, 4000, 2))
+    left = 0
+    for odd in range(1, 4000, 2):
+        arena, leaf_key = tree._arena, tree._arena.leaf_key
+        tree = tree.changed(np.array([odd]), np.array([odd - 1]))
+        left += tree._arena is not arena
+        assert arena.leaf_key is leaf_key
+    assert left > 1
 
 
 @given(operations, st.sets(st.integers(0, 40)))
