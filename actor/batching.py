@@ -1,9 +1,9 @@
 """Requests that wait while the policy is busy are decoded together.
 
 There is no waiting for a batch to fill: one decode runs at a time, in a thread, and the next takes what has come
-meanwhile. What the requests' arms serve is asked when their decode begins: whoever waited while a version came is
-drawn by that one, together with those who came after, for two batches take longer than one of both. Requests of
-different versions, or of different trees (the catalogue moved), are decoded apart. A decode that fails is the failure
+meanwhile. What the requests' arms serve, and what the catalogue is, is asked when their decode begins: whoever waited
+while a version or a change came is drawn by the new one, together with those who came after, for two batches take
+longer than one of both. Requests of different versions or trees are decoded apart. A decode that fails is the failure
 of its own requests; one whose request was given up in the meantime is nobody's.
 """
 
@@ -21,9 +21,10 @@ from actor.sampling import Slates
 
 @dataclass(frozen=True)
 class Drawn:
-    """Where a request's slate stands: row `row` of a draw of `policy`."""
+    """Where a request's slate stands: row `row` of a draw of `policy`, for the request as it was then."""
 
     policy: ServedPolicy
+    prepared: Prepared
     slates: Slates
     row: int
 
@@ -36,8 +37,8 @@ class _Waiting:
 
 
 Decode = Callable[[ServedPolicy, list[Prepared]], Slates]
-Newest = Callable[[ServedPolicy, Prepared], ServedPolicy]
-"""The version that draws a request which came with this one."""
+Newest = Callable[[ServedPolicy, Prepared], tuple[ServedPolicy, Prepared]]
+"""The version that draws a request which came with this one, and the request as it is now."""
 
 
 class Batcher:
@@ -57,7 +58,7 @@ class Batcher:
         return self._queue.qsize()
 
     async def draw(self, policy: ServedPolicy, prepared: Prepared) -> Drawn:
-        """The request's slate, drawn by the version it came with or one that has come since."""
+        """The request's slate, drawn by what it came with or what has come since."""
         answer: asyncio.Future[Drawn] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Waiting(policy, prepared, answer))
         return await answer
@@ -69,14 +70,16 @@ class Batcher:
                 waiting = [await self._queue.get()]
                 while len(waiting) < self._max_batch and not self._queue.empty():
                     waiting.append(self._queue.get_nowait())
-                groups: dict[tuple[int, int], tuple[ServedPolicy, list[_Waiting]]] = {}
+                groups: dict[tuple[int, int], list[_Waiting]] = {}
                 for one in waiting:
-                    policy = self._newest(one.policy, one.prepared)
-                    key = id(policy), id(one.prepared.tree)
-                    groups.setdefault(key, (policy, []))[1].append(one)
+                    if one.answer.done():
+                        continue
+                    policy, prepared = self._newest(one.policy, one.prepared)
+                    now = _Waiting(policy, prepared, one.answer)
+                    groups.setdefault((id(policy), id(prepared.tree)), []).append(now)
                 try:
-                    for policy, group in groups.values():
-                        await self._serve(policy, group)
+                    for group in groups.values():
+                        await self._serve(group)
                 finally:  # nothing is left here unless this task was cancelled
                     for one in waiting:
                         one.answer.cancel()
@@ -85,12 +88,12 @@ class Batcher:
                 self._queue.get_nowait().answer.cancel()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _serve(self, policy: ServedPolicy, group: list[_Waiting]) -> None:
-        """Decode one group, and answer those who still wait."""
+    async def _serve(self, group: list[_Waiting]) -> None:
+        """Decode one group, of one version and tree, and answer those who still wait."""
         group = [one for one in group if not one.answer.done()]
         if not group:
             return
-        prepared = [one.prepared for one in group]
+        policy, prepared = group[0].policy, [one.prepared for one in group]
         loop = asyncio.get_running_loop()
         try:
             slates = await loop.run_in_executor(self._thread, self._decode, policy, prepared)
@@ -101,4 +104,4 @@ class Batcher:
             return
         for row, one in enumerate(group):
             if not one.answer.done():
-                one.answer.set_result(Drawn(policy, slates, row))
+                one.answer.set_result(Drawn(policy, one.prepared, slates, row))

@@ -1,8 +1,9 @@
 """From requests to exposures: the serving core, without I/O, clock or global state.
 
-`prepare` reads what a request may see (context, valid tree, exclusions) at one moment, `decode` runs the policy on
-a batch of prepared requests of one version, and `expose` turns a draw into the event that tells the truth about it.
-`fall_back` is the slate of a request for which there was no time.
+`prepare` reads what a request may see (context, valid tree, exclusions) at one moment, and `renewed` the catalogue's
+part of it again once the request has waited; `decode` runs the policy on a batch of prepared requests of one
+version, and `expose` turns a draw into the event that tells the truth about it. `fall_back` is the slate of a request
+for which there was no time.
 """
 
 from collections.abc import Iterator
@@ -111,6 +112,20 @@ def prepare(
         author_cap=author_cap,
         spare=max(0, beam - own) if beam and spare else spare,  # a beam is there already
         beam=beam,
+    )
+
+
+def renewed(one: Prepared, catalogue: Catalogue) -> Prepared:
+    """The request over the catalogue as it is now: tree, exclusions and new leaves. Its context stays."""
+    version, valid = catalogue.version, catalogue.valid
+    if version == one.catalogue_version:
+        return one
+    return replace(
+        one,
+        tree=valid.tree(version),
+        catalogue_version=version,
+        excluded=valid.exhausted(one.shown, version),
+        new=None if one.new is None else valid.newborn(version, one.explore.span),
     )
 
 

@@ -22,7 +22,7 @@ from actor.batching import Batcher
 from actor.explore import Exploration
 from actor.policy import Arms, ServedPolicy
 from actor.producing import RefusedError
-from actor.recommend import SEEDS, Prepared, decode, expose, fall_back, prepare
+from actor.recommend import SEEDS, Prepared, decode, expose, fall_back, prepare, renewed
 from actor.sampling import Slates
 from actor.search import NotFiniteError
 from actor.settings import ActorSettings
@@ -209,7 +209,7 @@ class Service:
         else:
             return expose(
                 drawn.policy,
-                prepared,
+                drawn.prepared,
                 drawn.row,
                 drawn.slates,
                 self._catalogue,
@@ -260,7 +260,9 @@ class Service:
         except NotFiniteError as error:
             raise BrokenPolicyError(policy, str(error)) from None
 
-    def _newest(self, policy: ServedPolicy, prepared: Prepared) -> ServedPolicy:
-        """What the request's arm serves now, where that reads contexts as the version that the request came with."""
-        now = self._arms.served(prepared.arm)
-        return now if now is not None and now.shape == policy.shape else policy
+    def _newest(self, policy: ServedPolicy, one: Prepared) -> tuple[ServedPolicy, Prepared]:
+        """What the request's arm serves now, where that reads contexts as the version that the request came with, and
+        the request over the catalogue of now."""
+        now = self._arms.served(one.arm)
+        kept = now if now is not None and now.shape == policy.shape else policy
+        return kept, renewed(one, self._catalogue)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -27,9 +28,9 @@ def asked(request: str, tree: Tree = TREE) -> Prepared:
     return Prepared(request, "u", "learning", 1, b"", tree, 0, cast(Any, None), frozenset())
 
 
-def unmoved(served: ServedPolicy, _: Prepared) -> ServedPolicy:
-    """No version comes meanwhile."""
-    return served
+def unmoved(served: ServedPolicy, one: Prepared) -> tuple[ServedPolicy, Prepared]:
+    """Nothing comes meanwhile."""
+    return served, one
 
 
 class Decoder:
@@ -149,8 +150,8 @@ async def test_who_waits_while_a_version_comes_is_drawn_by_it_with_those_who_com
     decoder, old, new, other = Decoder(), policy(1), policy(2), policy(7)
     serves = {1: old}
 
-    def newest(served: ServedPolicy, _: Prepared) -> ServedPolicy:
-        return serves.get(served.version, served)
+    def newest(served: ServedPolicy, one: Prepared) -> tuple[ServedPolicy, Prepared]:
+        return serves.get(served.version, served), one
 
     async with running(decoder, newest=newest) as batcher:
         with decoder.held():
@@ -168,6 +169,27 @@ async def test_who_waits_while_a_version_comes_is_drawn_by_it_with_those_who_com
         answers = await asyncio.gather(*rest)
     assert [answer.policy for answer in answers] == [new, other, new]
     assert decoder.batches == [(1, ["r0"]), (2, ["a", "c"]), (7, ["b"])]
+
+
+async def test_who_waits_while_the_catalogue_moves_is_decoded_with_those_who_come_after() -> None:
+    decoder, one = Decoder(), policy(1)
+
+    def newest(served: ServedPolicy, waiting: Prepared) -> tuple[ServedPolicy, Prepared]:
+        return served, replace(waiting, tree=OTHER_TREE)
+
+    async with running(decoder, newest=newest) as batcher:
+        with decoder.held():
+            first = asyncio.create_task(batcher.draw(one, asked("r0")))
+            await waits(decoder)
+            rest = [
+                asyncio.create_task(batcher.draw(one, asked(name, tree)))
+                for name, tree in [("a", TREE), ("b", OTHER_TREE), ("c", Tree(2, np.array([2])))]
+            ]
+            await asyncio.sleep(0.01)
+        await first
+        answers = await asyncio.gather(*rest)
+    assert decoder.batches == [(1, ["r0"]), (1, ["a", "b", "c"])]
+    assert [answer.prepared.tree for answer in answers] == [OTHER_TREE] * 3
 
 
 async def test_a_failure_reaches_its_own_batch_only() -> None:

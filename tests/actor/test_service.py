@@ -651,6 +651,38 @@ async def test_a_request_for_which_there_is_no_time_gets_valid_items_and_says_wh
     assert by_request[later[-1]["request"]].decode_mode == "gumbel_top_k"
 
 
+async def test_who_waits_while_the_catalogue_moves_is_drawn_over_the_new_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.fill_catalogue()
+    world.publish(1)
+    held = Held(monkeypatch)
+    async with acting(world, exclude_shown=0, patience_s=20.0) as actor:
+        before = catalogue_on(world).version
+        first = asyncio.create_task(actor.recommend(user_of("learning", 0), 5))
+        await until(held.begun.is_set)
+        waiting = asyncio.create_task(actor.recommend(user_of("learning", 1), 30))
+        await asyncio.sleep(0.1)
+        world.delete(*(f"i{number}" for number in range(40)))
+        after = catalogue_on(world).version
+
+        async def applied() -> bool:
+            version = (await call(actor.app, "GET", "/version")).json["catalogue_version"]
+            return bool(version == after)
+
+        await until(applied)
+        later = asyncio.create_task(actor.recommend(user_of("learning", 2), 30))
+        await asyncio.sleep(0.1)
+        held.go.set()
+        answers = [(await one).json["request"] for one in (first, waiting, later)]
+    by_request = {exposure.request: exposure for exposure in world.exposures()}
+    exposures = [by_request[request] for request in answers]
+    assert [one.catalogue_version for one in exposures] == [before, after, after]
+    assert all(int(item.item[1:]) >= 40 for one in exposures[1:] for item in one.items)
+    assert [one.draw.rows for one in exposures if one.draw] == [1, 2, 2], "and with those who come"
+    assert off(world, exposures) < ROUNDING
+
+
 async def test_more_than_may_wait_are_told_to_come_again_and_the_others_are_served(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
