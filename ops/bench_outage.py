@@ -27,7 +27,7 @@ from ops.up import free_port
 from ops.view import scrape
 
 BEFORE_S: Final = 10.0
-AFTER_S: Final = 30.0
+AFTER_S: Final = 60.0
 START_S: Final = 300.0
 """The demonstration's first start pre-trains a policy."""
 BACK_S: Final = 120.0
