@@ -241,17 +241,23 @@ async def test_each_answer_is_of_one_version_while_versions_change_under_load(
     assert off(world, by_version[max(versions)][:1], version=min(versions)) > 0.05
 
 
+async def catalogue_applied(actor: Actor, world: World) -> int:
+    """Until the actor has applied all of the catalogue; its version."""
+    last = catalogue_on(world).version
+
+    async def applied() -> bool:
+        return bool((await call(actor.app, "GET", "/version")).json["catalogue_version"] == last)
+
+    await until(applied)
+    return last
+
+
 async def test_deleted_items_are_not_served(world: World) -> None:
     world.fill_catalogue()
     world.publish(1)
     async with acting(world, exclude_shown=0) as actor:
         world.delete(*(f"i{number}" for number in range(40)))
-
-        async def applied() -> bool:
-            version = (await call(actor.app, "GET", "/version")).json["catalogue_version"]
-            return bool(version == catalogue_on(world).version)
-
-        await until(applied)
+        await catalogue_applied(actor, world)
         slate = (await actor.recommend(LEARNING, 30)).json
     assert all(int(one["item"][1:]) >= 40 for one in slate["items"])
 
@@ -664,13 +670,7 @@ async def test_who_waits_while_the_catalogue_moves_is_drawn_over_the_new_one(
         waiting = asyncio.create_task(actor.recommend(user_of("learning", 1), 30))
         await asyncio.sleep(0.1)
         world.delete(*(f"i{number}" for number in range(40)))
-        after = catalogue_on(world).version
-
-        async def applied() -> bool:
-            version = (await call(actor.app, "GET", "/version")).json["catalogue_version"]
-            return bool(version == after)
-
-        await until(applied)
+        after = await catalogue_applied(actor, world)
         later = asyncio.create_task(actor.recommend(user_of("learning", 2), 30))
         await asyncio.sleep(0.1)
         held.go.set()

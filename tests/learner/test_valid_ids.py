@@ -344,9 +344,10 @@ def test_an_arena_that_is_mostly_waste_is_written_anew(monkeypatch: pytest.Monke
     tree = Tree(16, np.arange(0, 4000, 2))
     first = most = tree.nbytes
     for turn in range(2_000):
-        odd = np.array([2 * turn + 1])
+        odd, arena = np.array([2 * turn + 1]), tree._arena
         tree = tree.changed(odd, odd - 1)
         most = max(most, tree.nbytes)
+        assert tree._arena is arena or tree.nbytes < 2 * first
     assert tree.leaves().tolist() == list(range(1, 4000, 2))
     assert most < 3 * first
 

@@ -38,13 +38,13 @@ def test_a_run_whose_learner_was_killed_over_a_moving_catalogue_is_made_again_to
     tmp_path: Path,
 ) -> None:
     data_dir = tmp_path / "data"
-    run = demo_with_kills(data_dir, 16, 2, tmp_path / "up.json", *SMALL, *MOVING)
+    run = demo_with_kills(data_dir, 20, 2, tmp_path / "up.json", *SMALL, *MOVING)
     assert run["restarts"] == {"learner": 2}
     assert (run["lost"], run["duplicated"]) == (0, 0)
     status, found = audited(data_dir, tmp_path / "audit.json")
     assert (status, found["equal"], found["differs"]) == (0, True, [])
     assert (found["first"], found["versions"]) == (1, run["versions"] - 1)
-    assert found["steps"] >= 3, "as many as the learner had lives, on however slow a machine"
+    assert found["steps"] > 5
     assert found["checkpoints"] >= 1
 
     status, found = audited(data_dir, tmp_path / "propensity.json", "propensity")
